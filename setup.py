@@ -3,14 +3,15 @@ from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup, find_packages
 
+here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='], interpolation=None)
-ini.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
+ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
-    long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     license='Apache-2.0', author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'],
     python_requires='>='+cfg['min_python'], packages=find_packages(include=['dd3g', 'dd3g.*']),
-    package_data={'dd3g': ['weights/**/*']}, include_package_data=True,
+    package_data={'dd3g': ['weights/*', 'assets/*']}, include_package_data=False, zip_safe=False,
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'cutout': cfg['cutout_requirements'].split()})

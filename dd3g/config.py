@@ -118,7 +118,7 @@ class StudentConfig:
     @property
     def gaussians(self): return self.tokens*self.gaussians_per_token
 
-# %% ../nbs/01_config.ipynb #24541214
+# %% ../nbs/01_config.ipynb #5b69a0cb
 @dataclass(frozen=True)
 class LossConfig:
     "Joint optimisation (Sec. III-C)."
@@ -150,7 +150,7 @@ class FitConfig:
     weight_decay:float=0.      # decoupled weight decay
     clip_value:float=5.        # gradients are clipped to (-5, 5), value by value (Sec. IV-A)
     ema:float=.9999            # decay of the averaged weights; the paper uses EMA and does not say which
-    accumulate:int=1           # batches summed into one update
+    accumulate:int=1           # equal parts in which an update's batch is computed, to save memory
     precision:str='fp32'       # fp32 or bf16 (autocast)
     compile:bool=False         # torch.compile the model
     seed:int=0                 # seeds everything in the run
@@ -180,12 +180,12 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #c4aec22c
+# %% ../nbs/01_config.ipynb #28ef79df
 def _tiny():
     enc = EncoderConfig('vit', 32, 8, 48, 2, 3)
     fit = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
     return Config(ViewConfig(size=32, ring=8, offset_step=45.), AutoencoderConfig((16, 24, 32), 1, 4, 8, 1.),
-        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(32, (1, 2), 1, (2, 1), 16, 1, 8, 48, 0, 16, 4, 1, 3, 16, True, .1, enc),
+        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(16, (1, 2), 1, (2, 1), 16, 1, 8, 48, 0, 16, 4, 1, 3, 16, True, .1, enc),
         StudentConfig(48, enc, 'pe', 'latent', 32, 1, 16, 8, 6, 8, 3, gaussians_per_token=24, scale_init=-3.6),
         LossConfig(lpips_net='random-squeeze', opacity=.01), replace(fit, steps=120, batch=32, lr=3e-3), replace(fit, steps=200, batch=16), fit,
         objects=24, quadruples=64, rollout_batch=16)
@@ -193,23 +193,23 @@ def _tiny():
 def _mini():
     enc = EncoderConfig('vit', 64, 4, 128, 4, 4)
     fit = FitConfig(steps=12_000, batch=64, lr=4e-4, warmup=300, cosine=True, ema=.999, precision='bf16', compile=True)
-    return Config(ViewConfig(size=64, offset_step=22.5), AutoencoderConfig((32, 64, 96), 1, 4, 16, 1.),
-        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(64, (1, 2, 3), 1, (4, 2, 1), 32, 1, 16, 192, 0, 16, 8, 2, 6, 32, True, .1, replace(enc, width=192, patch=8, heads=6)),
-        StudentConfig(128, enc, 'pe', 'latent', 64, 2, 32, 16, 8, 16, 4, gaussians_per_token=26, scale_init=-4.),
+    return Config(ViewConfig(size=64, offset_step=22.5), AutoencoderConfig((32, 48, 64), 1, 4, 16, 1.),
+        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(64, (1, 2, 2), 1, (2, 1), 32, 1, 16, 128, 0, 16, 8, 1, 4, 32, True, .1, replace(enc, patch=8)),
+        StudentConfig(128, replace(enc, depth=3), 'pe', 'latent', 48, 2, 16, 16, 6, 16, 4, gaussians_per_token=26, scale_init=-4.),
         LossConfig(lpips_net='random-vgg', opacity=.01, sds_every=4), replace(fit, steps=4000, batch=512, lr=1e-3, ema=.995), replace(fit, steps=20_000, batch=128), fit,
         objects=4000, quadruples=100_000, rollout_batch=512)
 
 def _small():
-    enc = EncoderConfig('vit', 128, 8, 256, 6, 8)
+    enc = EncoderConfig('vit', 128, 8, 224, 5, 8)
     m = _mini()
-    return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=AutoencoderConfig((48, 96, 128), 1, 4, 16, 1.),
-        teacher=TeacherConfig(96, (1, 2, 3), 2, (4, 2), 32, 1, 32, 256, 0, 16, 8, 2, 8, 32, True, .1, EncoderConfig('vit', 128, 16, 256, 4, 8)),
-        student=StudentConfig(256, enc, 'pe', 'latent', 96, 2, 32, 32, 8, 16, 8, gaussians_per_token=64, scale_init=-4.4),
+    return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=AutoencoderConfig((32, 64, 96), 1, 4, 16, 1.),
+        teacher=TeacherConfig(64, (1, 2, 3), 2, (4, 2), 32, 1, 16, 128, 0, 16, 8, 2, 4, 32, True, .1, EncoderConfig('vit', 128, 16, 128, 4, 4)),
+        student=StudentConfig(224, enc, 'pe', 'latent', 80, 2, 20, 16, 8, 16, 8, gaussians_per_token=64, scale_init=-4.4),
         quadruples=60_000, rollout_batch=256)
 
 SCALES = dict(tiny=_tiny(), mini=_mini(), small=_small(), paper=Config()) # the only four names there are
 
-# %% ../nbs/01_config.ipynb #dfce5e4e
+# %% ../nbs/01_config.ipynb #280c9d38
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -222,6 +222,8 @@ def check(
                         ('loss.sds_weight', cfg.loss.sds_weight, ('sigma_over_alpha', 'one', 'one_minus_abar')), ('loss.sds_schedule', cfg.loss.sds_schedule, ('uniform', 'high_to_low')),
                         ('loss.sds_reduction', cfg.loss.sds_reduction, ('mean', 'sum')), ('loss.sds_background', cfg.loss.sds_background, ('random', 'white'))]:
         if x not in ok: raise UserError(f'{name}={x!r} is not one of {", ".join(ok)}')
+    for ch in {cfg.teacher.channels*m for m in cfg.teacher.mult}:
+        if ch % cfg.teacher.head_dim or ch % cfg.teacher.groups: raise UserError(f'teacher: a level has {ch} channels, which teacher.head_dim={cfg.teacher.head_dim} and teacher.groups={cfg.teacher.groups} must divide')
     if s.scale_range[0] >= s.scale_range[1]: raise UserError(f'student.scale_range={s.scale_range} must be (low, high)')
     if not 1 <= d.sample_steps <= d.train_steps: raise UserError(f'diffusion.sample_steps={d.sample_steps} must be 1 to {d.train_steps}')
     if not 0 <= cfg.loss.sds_t[0] <= cfg.loss.sds_t[1] < d.train_steps: raise UserError(f'loss.sds_t={cfg.loss.sds_t} must lie in 0 to {d.train_steps-1}')
