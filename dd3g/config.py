@@ -32,7 +32,7 @@ class ViewConfig:
     fixed_cameras:bool=False   # ablation: C is always the canonical four views (offset 0, elevation 0)
     ring:int=16                # azimuths at which a training object is drawn; input views and targets are chosen among them
 
-# %% ../nbs/01_config.ipynb #2eae110f
+# %% ../nbs/01_config.ipynb #bc1e7d1f
 @dataclass(frozen=True)
 class AutoencoderConfig:
     "KL autoencoder (diffusers' AutoencoderKL)."
@@ -86,6 +86,8 @@ class TeacherConfig:
     pixel_frame:bool=True      # the picture's clean latent joins as one more frame (ImageDream's pixel variant)
     drop_condition:float=.1    # how often training hides the condition, for guidance
     encoder:EncoderConfig=EncoderConfig('clip', 224, 14, 1280, 32, 16) # CLIP ViT-H/14, features before the last block
+    canonical:float=.5         # part of the training samples whose cameras are the canonical four (offset 0)
+    min_snr:float=0.           # gamma of min-SNR loss weighting; 0: plain mean square of the prediction's error
 
 # %% ../nbs/01_config.ipynb #895ea290
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ class LatentEncoder(nn.Module):
     def forward(self, x): # (..., 3, S, S) in 0..1 -> mode, scaled: (..., 4, h, w)
         return each(lambda x: self.moments(x)[0], x)*self.cfg.scaling
 
-# %% ../nbs/20_teacher.ipynb #96b74fc7
+# %% ../nbs/20_teacher.ipynb #92591965
 class Autoencoder(LatentEncoder):
     "KL autoencoder; tensors are named as in the published checkpoint."
     def __init__(self, cfg:AutoencoderConfig=AutoencoderConfig()):
@@ -321,12 +321,12 @@ class Autoencoder(LatentEncoder):
         return each(lambda z: self.decoder(self.post_quant_conv(z)), z/self.cfg.scaling)/2 + .5
     def reconstruct(self, # for training it
         x:Tensor,         # pictures 0..1: (n, 3, S, S)
-        gen:torch.Generator=None, # of the posterior sample; None: the mode
+        noise:Tensor=None, # standard normal, draws from the posterior: (n, 4, h, w); None: the mode
     ): # picture (n, 3, S, S), KL divergence from a standard normal, per picture: (n,)
         "Encode, sample the posterior, decode."
         mean, logvar = self.moments(x)
         logvar = logvar.float().clamp(-30, 20)
-        z  = mean if gen is None else mean + (.5*logvar).exp()*torch.randn(mean.shape, generator=gen, device=x.device)
+        z  = mean if noise is None else mean + (.5*logvar).exp()*noise
         kl = .5*(mean.float()**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3))
         return self.decoder(self.post_quant_conv(z))/2 + .5, kl
     def latent_encoder(self): # a copy of the encoding half, frozen
@@ -410,7 +410,7 @@ class Condition(NamedTuple):
     def take(self, i): # some of the batch, by a slice or indices
         return Condition(*(a[i] for a in self))
 
-# %% ../nbs/20_teacher.ipynb #e6234df1
+# %% ../nbs/20_teacher.ipynb #e820dde3
 class Teacher(nn.Module):
     "Multi-view diffusion model U_base with its autoencoder and image encoder."
     kind = 'teacher' # of its weight files
@@ -429,10 +429,17 @@ class Teacher(nn.Module):
         negative:Tensor=None, # the same for the hidden condition; None: zeros
     )->Condition:
         "What the denoiser needs of a picture, computed once."
-        c, B = self.cfg.teacher, len(image)
         feats = self.encoder(image)
-        words = lambda x: None if not c.text_tokens else image.new_zeros(B, c.text_tokens, c.context_dim) if x is None else x.to(image).expand(B, -1, -1)
-        return Condition(self.unet.context(words(text), feats), self.encode(image), self.unet.context(words(negative), torch.zeros_like(feats)))
+        return Condition(self.context(feats, text), self.encode(image), self.context(torch.zeros_like(feats), negative))
+
+    def context(self,
+        feats:Tensor,     # features of the pictures; zeros: hidden. (B, n, width)
+        text:Tensor=None, # as in `encode_condition`
+    )->Tensor:            # (B, T, ctx)
+        "Tokens of the cross-attention."
+        c = self.cfg.teacher
+        if c.text_tokens: text = (feats.new_zeros(c.text_tokens, c.context_dim) if text is None else text.to(feats)).expand(len(feats), -1, -1)
+        return self.unet.context(text if c.text_tokens else None, feats)
 
     def denoise(self,
         z:Tensor,       # noisy latents: (B, V or V+1, 4, h, w)
