@@ -37,13 +37,13 @@ class Cameras:
         return Cameras(self.c2w[..., idx, :, :] if not isinstance(idx, int) else self.c2w[..., idx:idx+1, :, :], self.fov)
     def to(self, *args, **kwargs): return Cameras(self.c2w.to(*args, **kwargs), self.fov)
 
-# %% ../nbs/10_cameras.ipynb #231d35c1
+# %% ../nbs/10_cameras.ipynb #8824ca72
 def orbit(
     azimuth,        # degrees: float or tensor, (..., V)
     elevation=0.,   # degrees, positive above the horizon: broadcasts with azimuth
     radius=1.5,     # distance from the origin, world units
     fov:float=49.1, # vertical field of view, degrees
-    device=None,
+    device=None,     # where they live, default CPU
 )->Cameras:         # (..., V)
     "Cameras on a sphere that look at the origin."
     a, e = torch.broadcast_tensors(*[torch.deg2rad(torch.as_tensor(x, dtype=torch.float64, device=device)) for x in (azimuth, elevation)])
@@ -76,14 +76,14 @@ Cameras.positions = property(lambda self: self.c2w[..., :3, 3], doc='Where the c
 Cameras.azimuth   = property(lambda self: torch.rad2deg(torch.atan2(-self.c2w[..., 0, 2], self.c2w[..., 1, 2]))%360, doc='Degrees in [0, 360): (..., V)')
 Cameras.elevation = property(lambda self: torch.rad2deg(torch.asin((-self.c2w[..., 2, 2]).clamp(-1, 1))), doc='Degrees: (..., V)')
 
-# %% ../nbs/10_cameras.ipynb #e406edbf
+# %% ../nbs/10_cameras.ipynb #68fb34d1
 def four_views(
     offset=0.,       # azimuth offset of the group, degrees: float, or (B,) for a batch
     elevation=0.,    # degrees: float or (B,)
     n:int=4,         # views, evenly spaced
     radius:float=1.5, # distance from the origin, world units
     fov:float=49.1,  # vertical field of view, degrees
-    device=None,
+    device=None,     # where they live, default CPU
 )->Cameras:          # (n,) or (B, n)
     "The teacher's views: offset + (0, 90, 180, 270), at one elevation."
     offset, elevation = torch.broadcast_tensors(*[torch.as_tensor(x, dtype=torch.float64, device=device) for x in (offset, elevation)])
@@ -95,7 +95,7 @@ def ring(
     start:float=90., # azimuth of the first, degrees: the input view
     radius:float=1.5, # distance from the origin, world units
     fov:float=49.1,  # vertical field of view, degrees
-    device=None,
+    device=None,     # where they live, default CPU
 )->Cameras:          # (n,)
     "n views around the object, the first one at the input's azimuth."
     return four_views(start, elevation, n, radius, fov, device)
@@ -104,7 +104,7 @@ def view_cameras(
     view:ViewConfig, # its n_views, radius and fov
     offset=0.,       # azimuth offset, degrees: float or (B,)
     elevation=0.,    # degrees: float or (B,)
-    device=None,
+    device=None,     # where they live, default CPU
 )->Cameras:          # (V,) or (B, V)
     "`four_views` with a configuration's numbers."
     return four_views(offset, elevation, view.n_views, view.radius, view.fov, device)

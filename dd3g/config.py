@@ -211,7 +211,7 @@ def _small():
 
 SCALES = dict(tiny=_tiny(), mini=_mini(), small=_small(), paper=Config()) # the only four names there are
 
-# %% ../nbs/01_config.ipynb #280c9d38
+# %% ../nbs/01_config.ipynb #258ada37
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -229,6 +229,10 @@ def check(
     if s.scale_range[0] >= s.scale_range[1]: raise UserError(f'student.scale_range={s.scale_range} must be (low, high)')
     if not 1 <= d.sample_steps <= d.train_steps: raise UserError(f'diffusion.sample_steps={d.sample_steps} must be 1 to {d.train_steps}')
     if not 0 <= cfg.loss.sds_t[0] <= cfg.loss.sds_t[1] < d.train_steps: raise UserError(f'loss.sds_t={cfg.loss.sds_t} must lie in 0 to {d.train_steps-1}')
+    if not (cfg.loss.explicit or cfg.loss.implicit): raise UserError('loss.explicit and loss.implicit are both off; nothing is left to learn from')
+    for name in ('lambda_mse', 'lambda_lpips', 'eta', 'opacity', 'sds_guidance'):
+        if not getattr(cfg.loss, name) >= 0: raise UserError(f'loss.{name}={getattr(cfg.loss, name)} must be at least 0')
+    if cfg.loss.sds_every < 1: raise UserError(f'loss.sds_every={cfg.loss.sds_every} must be at least 1')
     for name, f in [('fit', cfg.fit), ('fit_ae', cfg.fit_ae), ('fit_teacher', cfg.fit_teacher)]:
         if f.steps < 1 or f.batch < 1: raise UserError(f'{name}.steps and {name}.batch must be at least 1')
         if f.precision not in ('fp32', 'bf16'): raise UserError(f'{name}.precision={f.precision!r} is not fp32 or bf16')

@@ -7,7 +7,7 @@ __all__ = ['NEAR', 'BLUR', 'ALPHA_MIN', 'ALPHA_MAX', 'T_MIN', 'EXTENT', 'BLOCK',
            'plan', 'Spread', 'coefficients', 'pixel_basis', 'light_and_alpha', 'Composite', 'rasterize',
            'rasterize_gsplat', 'Rendering', 'render']
 
-# %% ../nbs/12_render.ipynb #e7d4ab80
+# %% ../nbs/12_render.ipynb #07562876
 import math
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cameras import Cameras
-from .gaussians import Gaussians, quat_to_matrix
+from .gaussians import Gaussians, quat_to_matrix, unit_quat
 
 # %% ../nbs/12_render.ipynb #e581628f
 NEAR      = .01   # world units; Gaussians whose centre is nearer, or behind, are not drawn
@@ -26,7 +26,7 @@ ALPHA_MAX = .999  # so that (1-alpha) never vanishes: gradients divide by it
 T_MIN     = 1e-4  # light left at which a ray ends, before the Gaussian that would cross it
 EXTENT    = 3.33  # standard deviations out to which a Gaussian of opacity 1 stays above 1/255
 
-# %% ../nbs/12_render.ipynb #76a558f8
+# %% ../nbs/12_render.ipynb #4b6aa6d2
 class Splats(NamedTuple):
     "Gaussians as S scenes' V cameras see them, before any pixel is drawn."
     mean:Tensor   # centres, pixels, x then y: (S, V, G, 2)
@@ -43,6 +43,7 @@ def project(
     w2c:Tensor,   # world-to-camera, OpenCV axes: (S, V, 4, 4)
     focal:float,  # pixels
     size:int,     # side of the picture, pixels
+    antialiased:bool=True, # compensate opacity for the blur (False: gsplat's "classic", for comparison)
 )->Splats:
     "EWA projection with gsplat's rules (blur, compensation, culling)."
     R, t = w2c[..., :3, :3], w2c[..., :3, 3:]
@@ -58,7 +59,7 @@ def project(
     det0 = torch.linalg.cross(r0, r1).square().sum(-1)                           # of the covariance as it is
     det  = det0+BLUR*(a+c)+BLUR**2                                               # of the blurred one
     a, c = a+BLUR, c+BLUR
-    o = alpha[:, None]*(det0/det).clamp_min(1e-8).sqrt()
+    o = alpha[:, None]*((det0/det).clamp_min(1e-8).sqrt() if antialiased else torch.ones_like(z))
     log_o = o.clamp_min(1e-12).log()
     mean  = torch.stack([u, v], -1)*focal+size/2
     with torch.no_grad(): # the rectangle outside which alpha < 1/255
@@ -67,8 +68,8 @@ def project(
         seen   = front & (o >= ALPHA_MIN) & ((mean+radius > 0) & (mean-radius < size)).all(-1)
     return Splats(mean, torch.stack([c, -b, a], -1)/det[..., None], log_o, z, radius*seen[..., None])
 
-# %% ../nbs/12_render.ipynb #bfcabb7b
-BLOCK     = 1<<18 # numbers in a batch's largest array (slots × pixels of a tile): stays in a CPU's cache. Measured below
+# %% ../nbs/12_render.ipynb #63199f83
+BLOCK     = 1<<18 # numbers in a batch's largest array (slots × pixels of a tile): stays in a CPU's cache (2^18 was fastest of 2^18, 2^20, 2^22)
 SLAB      = 128   # list places between looks whether every ray has ended
 MIN_TILES = 64    # but no fewer tiles in a batch, so that long lists do not become many tiny steps
 
@@ -82,6 +83,18 @@ class Plan(NamedTuple):
     order:Tensor  # tiles by falling list length, those with none left out
     side:int      # tiles along a picture's side
 
+def _batches(
+    lengths:list, # list length of each tile, falling
+    pixels:int,   # of a tile
+): # (first tile, tiles, list length, first slot) of each batch, and the number of slots
+    out, i, slots = [], 0, 0
+    while i < len(lengths):
+        n = min(len(lengths)-i, max(MIN_TILES, BLOCK//(lengths[i]*pixels)))
+        out.append((i, n, lengths[i], slots))
+        i, slots = i+n, slots+n*lengths[i]
+    return out, slots
+
+# %% ../nbs/12_render.ipynb #7c5a9025
 @torch.no_grad()
 def plan(
     sp:Splats, # projected Gaussians
@@ -111,17 +124,6 @@ def plan(
     fill = lambda value, x: torch.full((slots,), value, device=mean.device).index_copy(0, slot, x)
     return Plan(fill(len(mean), row[order]), fill(0, sorted_tile), torch.empty_like(slot).index_copy(0, order, slot),
                 torch.cat([end-count, end[-1:]]), batches, tiles, side)
-
-def _batches(
-    lengths:list, # list length of each tile, falling
-    pixels:int,   # of a tile
-): # (first tile, tiles, list length, first slot) of each batch, and the number of slots
-    out, i, slots = [], 0, 0
-    while i < len(lengths):
-        n = min(len(lengths)-i, max(MIN_TILES, BLOCK//(lengths[i]*pixels)))
-        out.append((i, n, lengths[i], slots))
-        i, slots = i+n, slots+n*lengths[i]
-    return out, slots
 
 # %% ../nbs/12_render.ipynb #ef7e5ce1
 class Spread(torch.autograd.Function):
@@ -200,17 +202,18 @@ class Composite(torch.autograd.Function):
             torch.mm(w.mul_(A < ALPHA_MAX).view(K*n, -1), basis.T, out=d_coef[at])
         return d_coef, d_feat, None, None
 
-# %% ../nbs/12_render.ipynb #c462812f
+# %% ../nbs/12_render.ipynb #1323e799
 def rasterize(
     g:Gaussians, # a batch of objects: (S, G)
     w2c:Tensor,  # world-to-camera: (S, V, 4, 4)
     focal:float, # pixels
     size:int,    # side of the picture, pixels
     tile:int=None, # side of a tile, pixels; None: 4, or 8 when Gaussians are large
+    antialiased:bool=True, # compensate opacity for the blur
 )->Tensor:       # sum of w times RGB, depth, 1: (S, V, 5, size, size)
     "gsplat's antialiased rasterisation in plain PyTorch: any device, any precision."
-    sp   = project(g.mu, g.scale, g.quat, g.alpha, w2c, focal, size)
-    if tile is None: tile = 4 if sp.radius.sum() <= 8*(sp.radius > 0).sum() else 8
+    sp   = project(g.mu, g.scale, g.quat, g.alpha, w2c, focal, size, antialiased)
+    if tile is None: tile = 4 if sp.radius.sum() <= 16*(sp.radius > 0).sum() else 8
     p    = plan(sp, size, tile)
     S, V = sp.z.shape[:2]
     table = torch.cat([sp.mean, sp.conic, sp.log_o[..., None], g.color[:, None].expand(S, V, -1, 3), sp.z[..., None]], -1).flatten(0, 2)
@@ -223,7 +226,7 @@ def rasterize(
     out   = out.view(S, V, p.side, p.side, 5, tile, tile).permute(0, 1, 4, 2, 5, 3, 6)
     return out.reshape(S, V, 5, p.side*tile, p.side*tile)[..., :size, :size]
 
-# %% ../nbs/12_render.ipynb #29dfd72d
+# %% ../nbs/12_render.ipynb #2959fba2
 def rasterize_gsplat(
     g:Gaussians, # a batch of objects: (S, G)
     w2c:Tensor,  # world-to-camera: (S, V, 4, 4)
@@ -233,11 +236,11 @@ def rasterize_gsplat(
     "The same through gsplat's CUDA kernels."
     from gsplat import rasterization # compiles its kernels at first use on a machine
     K = w2c.new_tensor([[focal, 0, size/2], [0, focal, size/2], [0, 0, 1]]).expand(*w2c.shape[:2], 3, 3)
-    out, alpha, _ = rasterization(g.mu, g.quat, g.scale, g.alpha, g.color, w2c, K, size, size, near_plane=NEAR, eps2d=BLUR,
+    out, alpha, _ = rasterization(g.mu, unit_quat(g.quat), g.scale, g.alpha, g.color, w2c, K, size, size, near_plane=NEAR, eps2d=BLUR,
         packed=False, render_mode='RGB+D', rasterize_mode='antialiased')
     return torch.cat([out, alpha], -1).movedim(-1, 2)
 
-# %% ../nbs/12_render.ipynb #d129f0f2
+# %% ../nbs/12_render.ipynb #1c104ef4
 class Rendering(NamedTuple):
     "Pictures of V views."
     rgb:Tensor   # on the background, 0..1: (..., V, 3, H, W)
@@ -270,11 +273,10 @@ def render(
     assert backend in ('gsplat', 'torch'), f'backend {backend!r} is not gsplat or torch'
     batch = torch.broadcast_shapes(g.batch, cams.shape)
     with torch.autocast(g.device.type, enabled=False):
-        if g.mu.dtype != torch.float64: g = g.float()
+        if backend == 'gsplat' or g.mu.dtype != torch.float64: g = g.float()
         flat = g.map(lambda x: x.expand(*batch, *x.shape[len(g.batch):]).reshape(-1, *x.shape[len(g.batch):]))
         w2c  = cams.w2c.to(g.mu).expand(*batch, cams.n, 4, 4).reshape(-1, cams.n, 4, 4)
         draw = rasterize_gsplat if backend == 'gsplat' else rasterize
-        out  = draw(flat, w2c, .5*size/math.tan(math.radians(cams.fov)/2), size).unflatten(0, batch) if batch else \
-               draw(flat, w2c, .5*size/math.tan(math.radians(cams.fov)/2), size)[0]
-        rgb, depth, alpha = out.split([3, 1, 1], -3)
+        out  = draw(flat, w2c, .5*size/math.tan(math.radians(cams.fov)/2), size)
+        rgb, depth, alpha = out.view(*batch, *out.shape[1:]).split([3, 1, 1], -3)
         return Rendering(rgb+(1-alpha)*_background(background, batch, rgb), alpha, depth/alpha.clamp_min(1e-10))

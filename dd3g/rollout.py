@@ -9,8 +9,8 @@ __all__ = ['SUFFIXES', 'BUDGET', 'DECODE_PIXELS', 'MIN_PSNR', 'to_bytes', 'Folde
            'write_quadruples', 'read_member', 'Quadruples', 'compare', 'verify', 'RolloutArgs', 'load_roller', 'main',
            'report']
 
-# %% ../nbs/22_rollout.ipynb #26444a76
-import contextlib, copy, dataclasses, hashlib, io, json, os, sys, tarfile, zlib
+# %% ../nbs/22_rollout.ipynb #1929127f
+import contextlib, copy, dataclasses, hashlib, io, json, os, sys, tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .config import SCALES, Cfg, Config, ViewConfig, parse
 from .cameras import draw_cameras, view_cameras
 from .images import composite, picture
 from .objects import Rings
-from .loop import differences, prefetched
+from .loop import differences, note, prefetched
 from .teacher import Teacher
 from .ddim import Schedule, rollout
 
@@ -105,7 +105,7 @@ def pictures_from(
     "Find out what a folder holds."
     return RingPictures(path, view.size) if any(Path(path).glob('rings-*.tar')) else FolderPictures(path, view.size)
 
-# %% ../nbs/22_rollout.ipynb #2714ba28
+# %% ../nbs/22_rollout.ipynb #877fb8c7
 def plan(
     i:int,           # sample number
     source,          # pictures
@@ -118,7 +118,7 @@ def plan(
     offset, e = draw_cameras([seed_of('cameras', seed, who['sha'], k)], view)
     zeta = torch.rand((), generator=torch.Generator().manual_seed(seed_of('background', seed, who['sha'], k)))
     return dict(key=f'{i:09d}', index=i, k=k, picture=who, noise_seed=seed_of('noise', seed, who['sha'], k), offset=offset.item(),
-                elevation=e.item() if elevation is None else float(elevation), background=(1-(1-zeta)**3).item()), rgba
+                elevation=e.item() if elevation is None or view.fixed_cameras else float(elevation), background=(1-(1-zeta)**3).item()), rgba
 
 def inputs_of(
     records:list, # from `plan`
@@ -128,11 +128,11 @@ def inputs_of(
 )->dict: # image (B, 3, S, S), rgba, noise (B, F, 4, h, w), offset, elevation, background (B,)
     "What teacher and student are given."
     num = lambda k: torch.tensor([r[k] for r in records], dtype=torch.float32).to(device)
-    x, b = rgba.to(device).float()/255, num('background')
+    x, b = rgba.to(device).contiguous().float()/255, num('background') # kernels are chosen by memory layout, too
     noise = seeded_randn([r['noise_seed'] for r in records], *noise_shape, device=device)
     return dict(image=composite(x, b), rgba=x, noise=noise, offset=num('offset'), elevation=num('elevation'), background=b)
 
-# %% ../nbs/22_rollout.ipynb #a3bf7c66
+# %% ../nbs/22_rollout.ipynb #1321b899
 DECODE_PIXELS = 1 << 22 # decoded at once: 64 pictures of 256 px, 1,024 of 64 px
 
 class Roller:
@@ -168,16 +168,17 @@ class Roller:
         x = inputs_of([records[j] for j in src], rgba[src], c.noise_shape, dev)
         cams = view_cameras(c.view, x['offset'], x['elevation'])
         z = rollout(self.teacher, self.schedule, x['image'], cams, x['noise'], c.diffusion.guidance, c.diffusion.sample_steps).float()
+        if not z.isfinite().all(): raise UserError(f'the teacher gave NaN or infinite latents for samples {[r["index"] for r in records]}; use another teacher, or --precision fp32')
         n = max(1, DECODE_PIXELS//(c.view.size**2*c.view.n_views))
         oi = torch.cat([to_bytes(self.teacher.decode(part).float()) for part in z.split(n)])
         return z[slots], oi[slots]
 
-# %% ../nbs/22_rollout.ipynb #64a3a6db
+# %% ../nbs/22_rollout.ipynb #78190696
 def micro_batches(
     ids,        # sample numbers, rising
     roller:Roller,
     source,     # pictures
-    say=print,  # told about pictures that cannot be used
+    say=note,   # told about pictures that cannot be used
 ): # yields (records, rgba): what is to be rolled out together
     "Plan samples and group them by `i // micro_batch`. A picture that cannot be read is left out."
     B, group, at = roller.cfg.rollout_batch, [], None
@@ -202,7 +203,7 @@ def roll(
     source = TensorPictures(source) if isinstance(source, Tensor) else source
     recs, parts = [], []
     bar = tqdm(total=count, desc='rolling out', unit='quad', disable=quiet, file=sys.stderr, mininterval=.5)
-    for records, rgba in prefetched(micro_batches(range(count), roller, source, tqdm.write), 2):
+    for records, rgba in prefetched(micro_batches(range(count), roller, source), 2):
         z, oi = roller(records, rgba)
         recs += records
         parts.append((rgba, oi.cpu(), z.half().cpu()))
@@ -294,14 +295,14 @@ def fault(
     if tar.stat().st_size != index['bytes']: return f'{tar.stat().st_size} bytes instead of {index["bytes"]}'
     return 'its checksum is wrong' if check and index['sha256'] and file_sha(tar) != index['sha256'] else ''
 
-# %% ../nbs/22_rollout.ipynb #b2d8b6b4
+# %% ../nbs/22_rollout.ipynb #0a29e8d2
 def claim(
     out,           # folder of quadruples
     settings:dict, # of the run
 ):
     "Write or compare settings.json. Raises UserError naming what differs."
     path = Path(out)/'settings.json'
-    if path.exists():
+    if path.exists() and any(Path(out).glob('quads-*')):
         try: old = json.loads(path.read_text())
         except ValueError: raise UserError(f'{path}: damaged; delete it if the shards beside it may be made again') from None
         if diff := differences(old, settings):
@@ -320,11 +321,11 @@ def shard_ids(
 def is_finished(
     tar,       # a shard
     ids:range, # samples that belong into it
-    say=print, # told about a damaged one
+    say=note,  # told about a damaged one
 )->bool:
     "Nothing is left to do for this shard."
     if not Path(tar).exists() and not index_path(tar).exists(): return False
-    if why := fault(tar): say(f'{tar}: {why}; making it again'); return False
+    if why := fault(tar): say(f'{tar}: {why}; making it again'); return False # one that lost its tar or its index included
     return read_index(tar).get('ids') == [ids.start, ids.stop]
 
 def write_quadruples(
@@ -343,12 +344,12 @@ def write_quadruples(
     shard = -(-shard//B)*B
     claim(out, dict(roller.settings, store=store, shard=shard, pictures=source.digest))
     tars = {s: out/f'quads-{s:05d}.tar' for s in range(rank, -(-count//shard), world)}
-    todo = [s for s, tar in tars.items() if not is_finished(tar, shard_ids(s, shard, count), tqdm.write)]
+    todo = [s for s, tar in tars.items() if not is_finished(tar, shard_ids(s, shard, count))]
     total = lambda shards: sum(len(shard_ids(s, shard, count)) for s in shards)
     bar = tqdm(total=total(tars), initial=total(tars)-total(todo), desc=f'rolling out into {out.name}', unit='quad', disable=quiet, file=sys.stderr, mininterval=.5)
     def work():
         for s in todo:
-            for batch in micro_batches(shard_ids(s, shard, count), roller, source, tqdm.write): yield s, batch
+            for batch in micro_batches(shard_ids(s, shard, count), roller, source): yield s, batch
             yield s, None # the shard is complete
     def finish(s, parts):
         members = [(r['key'], member_bytes(dict(r, **roller.settings), *x, store)) for recs, *xs in parts for r, *x in zip(recs, *xs)]
@@ -366,7 +367,7 @@ def write_quadruples(
         for w in waiting: w.result()
     return dict(shards=todo, made=total(todo), kept=total(tars)-total(todo))
 
-# %% ../nbs/22_rollout.ipynb #0507e4fe
+# %% ../nbs/22_rollout.ipynb #7e74bec1
 def read_member(
     ext:str,    # json, ii.png, oi.npy, z.npy
     data:bytes, # its content
@@ -374,7 +375,7 @@ def read_member(
     "Decode one file of a quadruple."
     if ext == 'json': return json.loads(data)
     if ext.endswith('npy'): return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert('RGBA'))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert('RGBA'))).permute(2, 0, 1).contiguous()
 
 class Quadruples:
     "Quadruples in shards, or in memory, as training data."
@@ -385,7 +386,7 @@ class Quadruples:
         on_error='raise',  # a missing or damaged shard: raise, or skip it and say so in .report
         decode=None,       # latents (B, V, 4, h, w) -> pictures, for shards without pictures: teacher.decode
         max_samples:int=None, # use only the first so many
-        workers:int=2,     # threads that read from the disk
+        workers:int=4,     # threads that read from the disk
     ):
         self.report, self.decode, self.mem, self.noise, self.workers = [], decode, None, None, workers
         if isinstance(path, dict):
@@ -410,7 +411,7 @@ class Quadruples:
             if why := fault(tar, check):
                 line = f'{tar}: {why}; roll out again into this folder to remake it'
                 if on_error == 'raise': raise UserError(line)
-                self.report.append(line)
+                self.report.append(line); note(line+'; skipped')
             else: self.table += [(tar, spans) for _, spans in read_index(tar)['records']]
 
     def __len__(self): return len(self.table)
@@ -437,22 +438,25 @@ class Quadruples:
         x = self.read(i)
         return dict(record=x['json'], rgba=x['ii.png'], **{k: x[f'{k}.npy'] for k in ('oi', 'z') if f'{k}.npy' in x})
 
-# %% ../nbs/22_rollout.ipynb #f97e7a1c
+# %% ../nbs/22_rollout.ipynb #be7a9fb8
 def _load(
     self:Quadruples,
     cache, # ram, or a device
 ):
     "Read everything once."
     skip = ('z.npy',) if 'oi.npy' in self.table[0][1] else ()
-    rows = tqdm(range(len(self)), desc=f'reading {self.path.name}', unit='quad', disable=len(self) < 2000, file=sys.stderr)
-    mem, recs = {}, []
-    with ThreadPoolExecutor(self.workers) as pool:
-        for i, x in zip(rows, pool.map(lambda i: self.read(i, skip), range(len(self)))):
-            recs.append(x['json'])
-            for k, v in [('rgba', x['ii.png'])]+[(k, x[f'{k}.npy']) for k in ('oi', 'z') if f'{k}.npy' in x]:
-                if k not in mem: mem[k] = torch.empty((len(self), *v.shape), dtype=v.dtype)
-                mem[k][i] = v
-    self.records = recs
+    bar = tqdm(total=len(self), desc=f'reading {self.path.name}', unit='quad', disable=len(self) < 2000, file=sys.stderr)
+    first = self.get(0)
+    mem = {k: torch.empty((len(self), *v.shape), dtype=v.dtype) for k, v in first.items() if k == 'rgba' or k in ('oi', 'z') and f'{k}.npy' not in skip}
+    self.records = [None]*len(self)
+    def some(rows):
+        for i in rows:
+            x = self.read(i, skip)
+            self.records[i], mem['rgba'][i] = x['json'], x['ii.png']
+            for k in mem.keys()-{'rgba'}: mem[k][i] = x[f'{k}.npy']
+        bar.update(len(rows))
+    with ThreadPoolExecutor(self.workers) as pool, contextlib.closing(bar):
+        list(pool.map(some, [range(i, min(i+256, len(self))) for i in range(0, len(self), 256)]))
     self._keep(mem, cache)
 
 def _keep(
@@ -527,7 +531,7 @@ def verify(
         if db < (float('inf') if same else MIN_PSNR): bad.append(f'{where}: OI made again has {db:.1f} dB'+(', on the same device and versions it should be equal' if same else f', less than {MIN_PSNR:.0f}'))
     return bad, marks
 
-# %% ../nbs/22_rollout.ipynb #8678e65f
+# %% ../nbs/22_rollout.ipynb #02ce68a3
 @dataclass(frozen=True)
 class RolloutArgs:
     "Roll a teacher out into shards of quadruples {N, C, II, OI}, or verify them."
@@ -551,7 +555,7 @@ def load_roller(
     "The teacher of a command line. Raises UserError if it was trained for another configuration."
     teacher = Teacher.load(a.teacher, device)
     part = lambda c: {k: v for k, v in dataclasses.asdict(c).items() if k in ('ae', 'teacher', 'diffusion', 'view')}
-    mine = ('diffusion.guidance', 'diffusion.sample_steps', 'view.elevation', 'view.azimuth', 'view.offset_step', 'view.fixed_cameras', 'view.ring') # the run's own choice
+    mine = ('ae.scaling', 'diffusion.guidance', 'diffusion.sample_steps', 'view.elevation', 'view.azimuth', 'view.offset_step', 'view.fixed_cameras', 'view.ring') # measured by the teacher's training, or the run's own choice
     if diff := {k: v for k, v in differences(part(teacher.cfg), part(a.cfg)).items() if k not in mine}:
         raise UserError(f'{a.teacher}: trained for another configuration: '+', '.join(f'{k} is {x} there, {y} here' for k, (x, y) in diff.items())+'; give its --scale')
     return Roller(teacher, a.cfg, a.seed, a.precision or a.cfg.fit_teacher.precision, a.compile)
