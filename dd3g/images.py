@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'open_picture', 'to_rgba', 'load_picture', 'superpixels', 'saliency', 'grabcut',
-           'tidy', 'plausibility', 'guided', 'foreground', 'refine', 'rembg_weights', 'has_alpha', 'cut_out',
-           'as_tensor', 'recentre', 'composite', 'picture', 'contact_sheet']
+           'tidy', 'plausibility', 'guided', 'refine', 'hull', 'foreground', 'rembg_weights', 'has_alpha', 'cut_out',
+           'as_tensor', 'resample', 'recentre', 'composite', 'picture', 'contact_sheet']
 
 # %% ../nbs/13_images.ipynb #df7829d0
 import importlib.util, math, os, sys
@@ -79,12 +79,12 @@ def load_picture(
     if max(img.size) > MAX_SIDE: img.thumbnail((MAX_SIDE, MAX_SIDE), Image.LANCZOS)
     return img
 
-# %% ../nbs/13_images.ipynb #e5fb1dda
+# %% ../nbs/13_images.ipynb #2e028760
 def superpixels(
     lab:np.ndarray, # CIE L*a*b*: (h, w, 3)
     n:int=400,      # about how many
     compact:float=6., # weight of place against colour, colour units per piece width
-    iters:int=6,
+    iters:int=6,    # rounds of k-means
 )->np.ndarray:      # labels 0..k-1: (h, w)
     "k-means in colour and place; a pixel only considers the nine pieces around its own."
     h, w = lab.shape[:2]
@@ -129,12 +129,12 @@ def saliency(
     s = np.linalg.solve(L, front/front.max().clip(1e-9)); s = s-s.min()
     return (s/s.max().clip(1e-9))[sp].astype(np.float32)
 
-# %% ../nbs/13_images.ipynb #e137df18
+# %% ../nbs/13_images.ipynb #2b58370d
 def grabcut(
     rgb:np.ndarray,   # (h, w, 3) bytes
     guess:np.ndarray, # probably object: (h, w) bool
     known:np.ndarray, # background for certain: (h, w) bool
-    iters:int=4,
+    iters:int=4,      # rounds of fitting and cutting
 )->np.ndarray:        # object: (h, w) bool
     "Rother et al. 2004, OpenCV's; deterministic."
     import cv2
@@ -184,7 +184,7 @@ def plausibility(
     cut     = np.concatenate([m[0], m[-1], m[:, 0], m[:, -1]]).mean()
     return edge - np.minimum(hist(m), hist(around)).sum() + .75*min(solid, .8) - .25*max(ragged-1.2, 0) - 1.5*off - 3*cut + 3*min(m.mean(), .15) - .2*(len(parts)-1)
 
-# %% ../nbs/13_images.ipynb #bf9df7ac
+# %% ../nbs/13_images.ipynb #3f7d8a75
 def guided(
     mask:np.ndarray,  # 0..1: (h, w) float32
     grey:np.ndarray,  # the picture it should follow, 0..1: (h, w) float32
@@ -197,24 +197,6 @@ def guided(
     mg, mm = box(grey), box(mask)
     a = (box(grey*mask)-mg*mm)/(box(grey*grey)-mg*mg+eps)
     return (box(a)*grey+box(mm-a*mg)).clip(0, 1)
-
-def foreground(
-    rgb:np.ndarray, # (h, w, 3) bytes
-)->np.ndarray:      # alpha 0..1: (h, w) float32; all 0 if nothing is found
-    "Cut the object out of a photograph with GrabCut, without a network."
-    import cv2
-    H, W = rgb.shape[:2]
-    fit  = lambda side: cv2.resize(rgb, [max(round(n*min(side/max(H, W), 1)), 8) for n in (W, H)], interpolation=cv2.INTER_AREA)
-    a = fit(192); h, w = a.shape[:2]
-    lab = cv2.cvtColor(a.astype(np.float32)/255, cv2.COLOR_RGB2LAB)
-    y, x = (np.mgrid[:h, :w]+.5)/np.array([h, w])[:, None, None]-.5
-    far, s = np.hypot(x, y), saliency(a)
-    rim = np.maximum(abs(x)*w, abs(y)*h*w/h) < 0; rim[[0, 1, -1, -2]] = True; rim[:, [0, 1, -1, -2]] = True
-    tries = [tidy(grabcut(a, s > q, rim)) for q in (.5, .1)] + [tidy(grabcut(a, s*np.exp(-far**2/.18) > .05, rim))]
-    for r in (.2, .3, .4): tries.append(tidy(grabcut(a, tidy(grabcut(a, far < r, rim | (far > r+.12))), rim, 3)))
-    score, m = max(((plausibility(lab, m), i) for i, m in enumerate(tries)), default=(-9, 0))
-    if score <= -9: return np.zeros((H, W), np.float32)
-    return refine(rgb, tries[m], fit(384))
 
 def refine(
     rgb:np.ndarray,  # (H, W, 3) bytes
@@ -233,7 +215,40 @@ def refine(
     soft = guided(soft, cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)/255, r)
     return ((soft-.25)/.5).clip(0, 1) # steeper: halos go
 
-# %% ../nbs/13_images.ipynb #e3618138
+# %% ../nbs/13_images.ipynb #edc7a0c8
+def hull(
+    m:np.ndarray, # (h, w) bool
+    grow:int,     # pixels
+)->np.ndarray:    # (h, w) bool
+    "Convex hull of a cut-out, dilated."
+    import cv2
+    points = cv2.findContours(m.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    out = cv2.fillConvexPoly(np.zeros(m.shape, np.uint8), cv2.convexHull(np.concatenate(points)), 1)
+    return cv2.dilate(out, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*grow+1,)*2)) > 0
+
+def foreground(
+    rgb:np.ndarray, # (h, w, 3) bytes
+)->np.ndarray:      # alpha 0..1: (h, w) float32; all 0 if nothing is found
+    "Cut the object out of a photograph with GrabCut, without a network."
+    import cv2
+    H, W = rgb.shape[:2]
+    fit  = lambda side: cv2.resize(rgb, [max(round(n*min(side/max(H, W), 1)), 8) for n in (W, H)], interpolation=cv2.INTER_AREA)
+    a = fit(192); h, w = a.shape[:2]
+    lab = cv2.cvtColor(a.astype(np.float32)/255, cv2.COLOR_RGB2LAB)
+    y, x = (np.mgrid[:h, :w]+.5)/np.array([h, w])[:, None, None]-.5
+    far, s = np.hypot(x, y), saliency(a)
+    rim = np.zeros((h, w), bool); rim[[0, 1, -1, -2]] = True; rim[:, [0, 1, -1, -2]] = True
+    tries = [tidy(grabcut(a, s > q, rim)) for q in (.5, .1)] + [tidy(grabcut(a, s*np.exp(-far**2/.18) > .05, rim))]
+    for r in (.2, .3, .4): tries.append(tidy(grabcut(a, tidy(grabcut(a, far < r, rim | (far > r+.12))), rim, 3)))
+    score, i = max((plausibility(lab, m), i) for i, m in enumerate(tries))
+    if score <= -9: return np.zeros((H, W), np.float32)
+    m = tries[i]
+    for _ in range(2): # missing parts lie in or near the hull
+        wider = tidy(grabcut(a, hull(m, max(h, w)//14), rim | ~hull(m, max(h, w)//10), 2))
+        if plausibility(lab, wider) > score-.1: m = wider
+    return refine(rgb, m, fit(384))
+
+# %% ../nbs/13_images.ipynb #d98c5b22
 def rembg_weights()->Path: # where rembg keeps its default network
     "The file that must be on disk for rembg to be used; it is never downloaded."
     home = os.environ.get('U2NET_HOME') or Path(os.environ.get('XDG_DATA_HOME', '~'))/'.u2net'
@@ -243,7 +258,7 @@ def has_alpha(
     rgba:Image.Image, # 8-bit RGBA
 )->bool:
     "Whether the alpha channel tells the object from its background."
-    return (np.asarray(rgba)[..., 3] < 128).mean() >= .005
+    return bool((np.asarray(rgba)[..., 3] < 128).mean() >= .005)
 
 def cut_out(
     rgba:Image.Image,    # 8-bit RGBA, as `load_picture` returns it
@@ -266,13 +281,26 @@ def cut_out(
         raise UserError(f'{name}: {what}; give a picture of one object, or cut it out yourself and save it as a PNG with transparency')
     return Image.fromarray(np.dstack([rgb, alpha]))
 
-# %% ../nbs/13_images.ipynb #7649e93b
+# %% ../nbs/13_images.ipynb #3d40e598
 def as_tensor(
     rgba, # PIL RGBA, or already a tensor
 )->Tensor: # 0..1: (4, H, W)
     "A picture as numbers."
     return rgba if isinstance(rgba, Tensor) else torch.from_numpy(np.array(rgba)).permute(2, 0, 1).float()/255
 
+def resample(
+    n:int,      # source pixels of one axis
+    lo:float,   # where the result begins, source pixels; may lie outside
+    hi:float,   # where it ends
+    size:int,   # its pixels
+)->Tensor:      # weights: (size, n)
+    "One axis of a resize: exact area average when shrinking, linear when growing; outside is nothing."
+    j, step = torch.arange(n, dtype=torch.float64), (hi-lo)/size
+    left = (lo+step*torch.arange(size, dtype=torch.float64))[:, None]
+    if step >= 1: return ((torch.minimum(left+step, j+1)-torch.maximum(left, j)).clamp_min(0)/step).float()
+    return (1-(left+step/2-j-.5).abs()).clamp_min(0).float()
+
+# %% ../nbs/13_images.ipynb #02f3450b
 def recentre(
     rgba,            # PIL RGBA, or (4, H, W) in 0..1; its alpha is the object
     size:int,        # side of the result, pixels
@@ -283,14 +311,11 @@ def recentre(
     yy, xx = torch.nonzero(x[3] > .1, as_tuple=True)
     if not len(yy): return torch.zeros(4, size, size)
     (t, b), (l, r) = (yy.min().item(), yy.max().item()+1), (xx.min().item(), xx.max().item()+1)
-    half = max(b-t, r-l)/(1-border)/2                       # half the side of the square to keep, source pixels
-    cy, cx, pad = (t+b)/2, (l+r)/2, math.ceil(half)+1
-    x = torch.cat([x[:3]*x[3:], x[3:]])                     # premultiplied
-    x = torch.nn.functional.pad(x, (pad,)*4)
-    box = (cx+pad-half, cy+pad-half, cx+pad+half, cy+pad+half)
-    how = Image.BOX if 2*half > size else Image.BICUBIC     # area average when shrinking
-    x = torch.stack([torch.from_numpy(np.array(Image.fromarray(c.numpy()).resize((size, size), how, box=box))) for c in x]).clamp(0, 1)
-    return torch.cat([(x[:3]/x[3:].clamp_min(1e-6)).clamp(0, 1)*(x[3:] > 0), x[3:]])
+    half = max(b-t, r-l)/(1-border)/2 # half the side of the square to keep, source pixels
+    rows = resample(x.shape[1], (t+b)/2-half, (t+b)/2+half, size)
+    cols = resample(x.shape[2], (l+r)/2-half, (l+r)/2+half, size)
+    x = rows @ torch.cat([x[:3]*x[3:], x[3:]]) @ cols.T # premultiplied
+    return torch.cat([x[:3]/x[3:].clamp_min(1e-6), x[3:]]).clamp(0, 1)
 
 # %% ../nbs/13_images.ipynb #9bf87041
 def composite(

@@ -6,8 +6,9 @@
 __all__ = ['FORMAT', 'FREE', 'note', 'Data', 'permutation', 'indices_at', 'batches', 'TensorData', 'prefetched', 'StepGenerator',
            'step_generator', 'draw', 'ema_decay', 'EMA', 'rate', 'guarded', 'Adam', 'Meter', 'checksum',
            'write_tensors', 'read_tensors', 'save_weights', 'load_weights', 'load_into', 'checkpoints',
-           'newest_checkpoint', 'differences', 'only_one', 'Step', 'Run', 'parts_of', 'update', 'Log', 'read_log',
-           'refuse_changes', 'resume', 'write_line', 'fit', 'train', 'show_grid']
+           'newest_checkpoint', 'differences', 'only_one', 'Step', 'Run', 'tensors_of', 'save_checkpoint',
+           'load_checkpoint', 'parts_of', 'seed_all', 'update', 'Log', 'read_log', 'refuse_changes', 'resume',
+           'write_line', 'train', 'show_grid', 'fit']
 
 # %% ../nbs/16_loop.ipynb #71060596
 import contextlib, dataclasses, errno, functools, importlib.util, json, math, os, queue, sys, threading, time, zlib
@@ -206,7 +207,7 @@ def rate(
     warm = min(1., (step+1)/cfg.warmup) if cfg.warmup else 1.
     return cfg.lr*warm*(.5*(1+math.cos(math.pi*step/cfg.steps)) if cfg.cosine else 1.)
 
-# %% ../nbs/16_loop.ipynb #8c6d4380
+# %% ../nbs/16_loop.ipynb #8380d7fa
 def guarded(
     loss:Tensor, # scalar
 )->Tensor:       # the same, but its gradient is NaN where the loss is not finite
@@ -217,15 +218,16 @@ class Adam:
     "Adam (AdamW with weight decay) with clipping by value. A gradient that is not finite changes nothing."
     def __init__(
         self,
-        params:dict,   # name -> parameter, already on its device
-        cfg:FitConfig, # lr, betas, weight_decay, clip_value
+        params:dict,   # name -> parameter, float32, all on one device
+        cfg:FitConfig, # betas, weight_decay, clip_value
     ):
-        kind = torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
+        assert {p.dtype for p in params.values()} == {torch.float32}, 'trainable weights must be float32; autocast does the rest'
         self.params, self.clip = params, cfg.clip_value
-        self.opt = kind(list(params.values()), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-        for p in params.values():
-            self.opt.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        self.one = torch.ones((), device=next(iter(params.values())).device)
+        ps = list(params.values())
+        self.ps, self.m, self.v = ps, [torch.zeros_like(p) for p in ps], [torch.zeros_like(p) for p in ps]
+        self.count, self.one = torch.zeros((), device=ps[0].device), torch.ones((), device=ps[0].device)
+        self.fused = torch._fused_adamw_ if cfg.weight_decay else torch._fused_adam_
+        self.fixed = dict(amsgrad=False, beta1=cfg.betas[0], beta2=cfg.betas[1], weight_decay=cfg.weight_decay, eps=1e-8, maximize=False)
 
     @torch.no_grad()
     def step(
@@ -234,17 +236,17 @@ class Adam:
         bad:Tensor, # (), zero: becomes one if a gradient is not finite
     ):
         "Check, clip, update, forget the gradients. Never waits for the device."
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        ps, m, v = zip(*[x for x in zip(self.ps, self.m, self.v) if x[0].grad is not None])
+        grads = [p.grad for p in ps]
         torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, self.one)
         if self.clip > 0: torch._foreach_clamp_min_(grads, -self.clip); torch._foreach_clamp_max_(grads, self.clip)
-        self.opt.param_groups[0]['lr'], self.opt.found_inf = lr, bad
-        self.opt.step()
-        self.opt.zero_grad(set_to_none=True)
+        self.count += 1-bad
+        self.fused(ps, grads, m, v, [], [self.count]*len(ps), lr=lr, found_inf=bad, **self.fixed)
+        for p in ps: p.grad = None
 
     def state(self)->dict: # name -> tensor
-        "Adam's memory as named tensors; step counts as one vector."
-        s = {f'{m}.{k}': self.opt.state[p][m] for k, p in self.params.items() for m in ('exp_avg', 'exp_avg_sq')}
-        return {**s, 'step': torch.stack([self.opt.state[p]['step'] for p in self.params.values()])}
+        "Adam's memory as named tensors."
+        return dict(count=self.count, **{f'{n}.{k}': x for n, xs in (('m', self.m), ('v', self.v)) for k, x in zip(self.params, xs)})
 
     @torch.no_grad()
     def load(
@@ -252,9 +254,7 @@ class Adam:
         state:dict, # as `state` gives it
     ):
         "Put Adam's memory back."
-        for i, (k, p) in enumerate(self.params.items()):
-            for m in ('exp_avg', 'exp_avg_sq'): self.opt.state[p][m].copy_(state[f'{m}.{k}'])
-            self.opt.state[p]['step'].copy_(state['step'][i])
+        for k, x in self.state().items(): x.copy_(state[k])
 
 # %% ../nbs/16_loop.ipynb #d8ce9e8e
 class Meter:
@@ -440,7 +440,7 @@ class Step(nn.Module):
         with torch.autocast(gen.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             return self.loss_fn(self.model, batch, step, gen)
 
-# %% ../nbs/16_loop.ipynb #ba60c2d8
+# %% ../nbs/16_loop.ipynb #674c7d99
 class Run:
     "A model in training: its optimiser, its average, its checkpoints."
     def __init__(
@@ -473,36 +473,38 @@ class Run:
         self.net = self.acc.prepare_model(step, device_placement=False) if self.world > 1 else step
         self.model.train()
 
-    def tensors(self)->dict: # prefixed name -> tensor
-        "Everything a checkpoint holds."
-        frozen = {k for k, p in self.model.named_parameters() if not p.requires_grad}
-        own = {k: v for k, v in self.model.state_dict().items() if k not in frozen}
-        groups = dict(weights=own, ema=self.ema.shadow, adam=self.adam.state(), extra=self.extra)
-        return {f'{g}.{k}': v for g, d in groups.items() for k, v in d.items()}
+# %% ../nbs/16_loop.ipynb #d8087ba5
+def tensors_of(
+    run:Run,
+)->dict: # prefixed name -> tensor
+    "Everything a checkpoint holds."
+    frozen = {k for k, p in run.model.named_parameters() if not p.requires_grad}
+    own = {k: v for k, v in run.model.state_dict().items() if k not in frozen}
+    groups = dict(weights=own, ema=run.ema.shadow, adam=run.adam.state(), extra=run.extra)
+    return {f'{g}.{k}': v for g, d in groups.items() for k, v in d.items()}
 
-    def save(self):
-        "Write a checkpoint, then forget the oldest."
-        head = dict(self.head, step=self.done, skipped=self.skipped)
-        write_tensors(self.out/f'checkpoint-{self.done:07d}.safetensors', self.tensors(), head)
-        for old in checkpoints(self.out)[:-max(1, self.cfg.keep)]: old.unlink()
+def save_checkpoint(
+    run:Run,
+):
+    "Write a checkpoint, then forget the oldest."
+    head = dict(run.head, step=run.done, skipped=run.skipped)
+    write_tensors(run.out/f'checkpoint-{run.done:07d}.safetensors', tensors_of(run), head)
+    for old in checkpoints(run.out)[:-max(1, run.cfg.keep)]: old.unlink()
 
-    @torch.no_grad()
-    def load(
-        self,
-        tensors:dict, # of a checkpoint
-        head:dict,    # its header
-    ):
-        "Continue where a checkpoint was written."
-        part = lambda g: {k[len(g)+1:]: v for k, v in tensors.items() if k.startswith(g+'.')}
-        own = {k: v for k, v in self.tensors().items() if k.startswith('weights.')}
-        if set(own) != {k for k in tensors if k.startswith('weights.')}: raise UserError(f'{self.out}: its checkpoint is of another model; choose another folder')
-        for k, v in own.items(): v.copy_(tensors[k])
-        for k, v in self.ema.shadow.items(): v.copy_(part('ema')[k])
-        for k, v in self.extra.items(): v.copy_(part('extra')[k])
-        self.adam.load(part('adam'))
-        self.done, self.skipped = head['step'], head['skipped']
+@torch.no_grad()
+def load_checkpoint(
+    run:Run,
+    tensors:dict, # of a checkpoint
+    head:dict,    # its header
+):
+    "Continue where a checkpoint was written."
+    own = tensors_of(run)
+    if odd := [k for k in {**own, **tensors} if k not in own or k not in tensors or own[k].shape != tensors[k].shape]:
+        raise UserError(f'{run.out}: its checkpoint is of another model ({len(odd)} tensors differ, e.g. {odd[0]}); choose another folder')
+    for k, v in own.items(): v.copy_(tensors[k])
+    run.done, run.skipped = head['step'], head['skipped']
 
-# %% ../nbs/16_loop.ipynb #f1e7a737
+# %% ../nbs/16_loop.ipynb #69fc2289
 def parts_of(
     run:Run,
     data:Data,
@@ -516,6 +518,14 @@ def parts_of(
             start = (run.rank*cfg.accumulate+a)*m
             yield step, a, start, data.fetch(rows[start:start+m].tolist(), run.device)
 
+def seed_all(
+    seed:int,
+    device, # of the run
+):
+    "Seed torch's global generators, for dropout and library calls. torch.manual_seed formats a stack trace where CUDA sleeps: 1 ms."
+    torch.default_generator.manual_seed(seed)
+    if device.type == 'cuda': torch.cuda.manual_seed(seed)
+
 def update(
     run:Run,
     parts,      # iterator from `parts_of`
@@ -527,7 +537,7 @@ def update(
     for i in range(cfg.accumulate):
         step, a, start, batch = next(parts)
         gen = step_generator(cfg.seed, step, run.device, start, cfg.batch)
-        torch.manual_seed(seed_of('global', cfg.seed, step, start)) # dropout and the like
+        seed_all(seed_of('global', cfg.seed, step, start), run.device)
         last = i == cfg.accumulate-1
         with contextlib.nullcontext() if last or run.world == 1 else run.net.no_sync():
             loss, logs = run.net(batch, step, gen)
@@ -582,7 +592,7 @@ def read_log(
         with contextlib.suppress(ValueError): rows.append(json.loads(line))
     return rows
 
-# %% ../nbs/16_loop.ipynb #9400d678
+# %% ../nbs/16_loop.ipynb #dae4ac4e
 FREE = ('steps', 'save_every', 'keep', 'log_every', 'grid_every', 'compile') # may change between a run and its continuation
 
 def refuse_changes(
@@ -607,7 +617,7 @@ def resume(
     tensors, head = newest_checkpoint(run.out, say)
     if head is not None:
         refuse_changes(run, head, force)
-        run.load(tensors, head)
+        load_checkpoint(run, tensors, head)
         return run.done >= run.cfg.steps and final.exists()
     if not final.exists(): return False
     tensors, head = read_tensors(final) # finished, and its checkpoints were thrown away
@@ -617,6 +627,7 @@ def resume(
     run.ema = EMA(run.model, run.cfg.ema)
     return True
 
+# %% ../nbs/16_loop.ipynb #15f20d3d
 def write_line(
     run:Run,
     data:Data,
@@ -638,7 +649,46 @@ def write_line(
     if log: log.write(**row)
     return streak
 
-# %% ../nbs/16_loop.ipynb #861ed8f0
+# %% ../nbs/16_loop.ipynb #76e8b769
+def train(
+    run:Run,
+    data:Data,
+    on_grid=None, # as for `fit`
+    prefetch:int=0,
+    patience:int=10,
+    quiet=False,
+    name='student', # shown by the bar
+):
+    "The loop itself."
+    cfg, meter, flags = run.cfg, Meter(), torch.zeros(run.cfg.log_every, device=run.device)
+    log = Log(run.out, run.done, cfg.steps, name, quiet) if run.main else None
+    parts, since, t0, streak = prefetched(parts_of(run, data), prefetch), run.done, time.perf_counter(), 0
+    try:
+        while run.done < cfg.steps:
+            update(run, parts, flags[run.done-since], meter)
+            if log: log.bar.update(1)
+            due = lambda every: run.done % every == 0 or run.done == cfg.steps
+            if due(cfg.log_every) or due(cfg.save_every):
+                streak = write_line(run, data, log, meter, flags, since, time.perf_counter()-t0, streak)
+                if streak >= patience: raise UserError(f'{run.out}: {streak} steps in a row had a NaN or infinite loss, the last was {run.done-1}; lower fit.lr or look at skipped_samples in log.jsonl')
+                flags.zero_(); since, t0 = run.done, time.perf_counter()
+            if due(cfg.save_every) and run.main: save_checkpoint(run)
+            if on_grid and due(cfg.grid_every) and run.main: show_grid(run, on_grid)
+    finally:
+        parts.close()
+        if log: log.close()
+
+@torch.no_grad()
+def show_grid(
+    run:Run,
+    on_grid, # (model, updates done)
+):
+    "Call back with the averaged weights, without compiling anything for the occasion."
+    eager = torch.compiler.set_stance('force_eager') if run.cfg.compile and hasattr(torch.compiler, 'set_stance') else contextlib.nullcontext()
+    with run.ema.applied(), eager: run.model.eval(); on_grid(run.model, run.done)
+    run.model.train()
+
+# %% ../nbs/16_loop.ipynb #0f31aaa5
 def fit(
     model:nn.Module,  # trained in place
     loss_fn,          # (model, batch, step, gen) -> loss, dict of floats or 0-d tensors
@@ -669,41 +719,3 @@ def fit(
         if run.main: save_weights(model, Path(out)/f'{name}.safetensors', head['config'], name, steps=cfg.steps, fit=head['fit'], samples=len(data))
         run.acc.wait_for_everyone()
     return model.eval()
-
-def train(
-    run:Run,
-    data:Data,
-    on_grid=None, # as for `fit`
-    prefetch:int=0,
-    patience:int=10,
-    quiet=False,
-    name='student', # shown by the bar
-):
-    "The loop itself."
-    cfg, meter, flags = run.cfg, Meter(), torch.zeros(run.cfg.log_every, device=run.device)
-    log = Log(run.out, run.done, cfg.steps, name, quiet) if run.main else None
-    parts, since, t0, streak = prefetched(parts_of(run, data), prefetch), run.done, time.perf_counter(), 0
-    try:
-        while run.done < cfg.steps:
-            update(run, parts, flags[run.done-since], meter)
-            if log: log.bar.update(1)
-            due = lambda every: run.done % every == 0 or run.done == cfg.steps
-            if due(cfg.log_every) or due(cfg.save_every):
-                streak = write_line(run, data, log, meter, flags, since, time.perf_counter()-t0, streak)
-                if streak >= patience: raise UserError(f'{run.out}: {streak} steps in a row had a NaN or infinite loss, the last was {run.done-1}; lower fit.lr or look at skipped_samples in log.jsonl')
-                flags.zero_(); since, t0 = run.done, time.perf_counter()
-            if due(cfg.save_every) and run.main: run.save()
-            if on_grid and due(cfg.grid_every) and run.main: show_grid(run, on_grid)
-    finally:
-        parts.close()
-        if log: log.close()
-
-@torch.no_grad()
-def show_grid(
-    run:Run,
-    on_grid, # (model, updates done)
-):
-    "Call back with the averaged weights, without compiling anything for the occasion."
-    eager = torch.compiler.set_stance('force_eager') if run.cfg.compile and hasattr(torch.compiler, 'set_stance') else contextlib.nullcontext()
-    with run.ema.applied(), eager: run.model.eval(); on_grid(run.model, run.done)
-    run.model.train()

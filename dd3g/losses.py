@@ -74,14 +74,14 @@ def random_background(
     "Random background (Eq. 8, divided by 255)."
     return 1-(1-draw(gen, torch.rand, n))**3
 
-# %% ../nbs/40_losses.ipynb #3bfa0555
+# %% ../nbs/40_losses.ipynb #4d7c397d
 def sds_weight(
     t:Tensor,          # timesteps: (n,)
     schedule:Schedule, # the teacher's noise schedule
     kind:str='sigma_over_alpha', # or one (DreamGaussian), or one_minus_abar (DreamFusion)
 )->Tensor:             # (n,)
     "w(t) of Eq. 5."
-    abar = schedule.abar.to(t.device)[t]
+    abar = schedule.at(t, t)
     return {'sigma_over_alpha':((1-abar)/abar).sqrt(), 'one':torch.ones_like(abar), 'one_minus_abar':1-abar}[kind].float()
 
 # %% ../nbs/40_losses.ipynb #98ce62de

@@ -170,7 +170,7 @@ class Perceptual(nn.Module):
             d = sum(((f-g).square()*getattr(self, f'weight{i}')[:, None, None]).sum(1).mean((1, 2)) for i, (f, g) in enumerate(zip(x, y)))
         return d.view(a.shape[:-3])
 
-# %% ../nbs/15_metrics.ipynb #a80728ed
+# %% ../nbs/15_metrics.ipynb #226b29a3
 def billboard(
     rgba:Tensor,         # input pictures 0..1: (..., 4, S, S)
     cams:Cameras,        # views: (..., V)
@@ -180,7 +180,7 @@ def billboard(
     "The picture as a flat plane facing its camera, seen from other cameras."
     S, dev = rgba.shape[-1], rgba.device
     cams = cams.to(dev)
-    if source is None: source = orbit(torch.full_like(cams.elevation[..., :1], 90.), cams.elevation[..., :1], cams.positions[..., :1, :].norm(dim=-1), cams.fov)
+    if source is None: source = orbit(torch.full_like(cams.elevation[..., :1], 90.), cams.elevation[..., :1], cams.positions[..., :1, :].norm(dim=-1, keepdim=True), cams.fov)
     w2s, n = source.w2c.to(rgba), S*supersample
     uv   = (torch.arange(n, device=dev)+.5)/n*2-1                                             # pixel centres, -1..1
     tan  = torch.tan(torch.deg2rad(torch.tensor(cams.fov/2, device=dev)))

@@ -6,8 +6,8 @@
 __all__ = ['SUFFIXES', 'BUDGET', 'DECODE_PIXELS', 'MIN_PSNR', 'to_bytes', 'FolderPictures', 'RingPictures', 'TensorPictures',
            'pictures_from', 'plan', 'inputs_of', 'Roller', 'micro_batches', 'roll', 'member_bytes', 'made_by',
            'index_path', 'write_shard', 'file_sha', 'read_index', 'fault', 'claim', 'shard_ids', 'is_finished',
-           'write_quadruples', 'read_member', 'Quadruples', 'compare', 'verify', 'RolloutArgs', 'load_roller', 'main',
-           'report']
+           'write_quadruples', 'read_member', 'Quadruples', 'compare', 'by_slot', 'verify', 'RolloutArgs',
+           'load_roller', 'main', 'report']
 
 # %% ../nbs/22_rollout.ipynb #1929127f
 import contextlib, copy, dataclasses, hashlib, io, json, os, sys, tarfile
@@ -295,7 +295,7 @@ def fault(
     if tar.stat().st_size != index['bytes']: return f'{tar.stat().st_size} bytes instead of {index["bytes"]}'
     return 'its checksum is wrong' if check and index['sha256'] and file_sha(tar) != index['sha256'] else ''
 
-# %% ../nbs/22_rollout.ipynb #0a29e8d2
+# %% ../nbs/22_rollout.ipynb #2d461c3e
 def claim(
     out,           # folder of quadruples
     settings:dict, # of the run
@@ -328,6 +328,7 @@ def is_finished(
     if why := fault(tar): say(f'{tar}: {why}; making it again'); return False # one that lost its tar or its index included
     return read_index(tar).get('ids') == [ids.start, ids.stop]
 
+# %% ../nbs/22_rollout.ipynb #1fe32acd
 def write_quadruples(
     roller:Roller,
     source,            # pictures
@@ -367,7 +368,7 @@ def write_quadruples(
         for w in waiting: w.result()
     return dict(shards=todo, made=total(todo), kept=total(tars)-total(todo))
 
-# %% ../nbs/22_rollout.ipynb #7e74bec1
+# %% ../nbs/22_rollout.ipynb #4df5946b
 def read_member(
     ext:str,    # json, ii.png, oi.npy, z.npy
     data:bytes, # its content
@@ -377,6 +378,7 @@ def read_member(
     if ext.endswith('npy'): return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert('RGBA'))).permute(2, 0, 1).contiguous()
 
+# %% ../nbs/22_rollout.ipynb #5784688f
 class Quadruples:
     "Quadruples in shards, or in memory, as training data."
     def __init__(
@@ -418,27 +420,30 @@ class Quadruples:
     @property
     def noise_shape(self): return tuple(self.settings['noise_shape'])
 
-    def read(
-        self,
-        i:int,     # sample number
-        skip=(),   # extensions not wanted
-    )->dict:       # extension -> decoded
-        "One sample from its shard."
-        tar, spans = self.table[i]
-        try:
-            with open(tar, 'rb', buffering=0) as f: return {e: read_member(e, os.pread(f.fileno(), n, at)) for e, (at, n) in spans.items() if e not in skip}
-        except (OSError, ValueError, SyntaxError, EOFError) as e: raise UserError(f'{tar}: sample {i} cannot be read ({e}); roll out again into this folder to remake it') from None
+# %% ../nbs/22_rollout.ipynb #4871328a
+def _read(
+    self:Quadruples,
+    i:int,     # sample number
+    skip=(),   # extensions not wanted
+)->dict:       # extension -> decoded
+    "One sample from its shard."
+    tar, spans = self.table[i]
+    try:
+        with open(tar, 'rb', buffering=0) as f: return {e: read_member(e, os.pread(f.fileno(), n, at)) for e, (at, n) in spans.items() if e not in skip}
+    except (OSError, ValueError, SyntaxError, EOFError) as e: raise UserError(f'{tar}: sample {i} cannot be read ({e}); roll out again into this folder to remake it') from None
 
-    def get(
-        self,
-        i:int, # sample number
-    )->dict:   # record, rgba uint8 (4, S, S), oi uint8 (V, 3, S, S) and z (V, 4, h, w) where stored
-        "One quadruple as stored."
-        if self.mem is not None: return dict(record=self.records[i], **{k: v[i] for k, v in self.mem.items() if k in ('rgba', 'oi', 'z')})
-        x = self.read(i)
-        return dict(record=x['json'], rgba=x['ii.png'], **{k: x[f'{k}.npy'] for k in ('oi', 'z') if f'{k}.npy' in x})
+def _get(
+    self:Quadruples,
+    i:int, # sample number
+)->dict:   # record, rgba uint8 (4, S, S), oi uint8 (V, 3, S, S) and z (V, 4, h, w) where stored
+    "One quadruple as stored."
+    if self.mem is not None: return dict(record=self.records[i], **{k: v[i] for k, v in self.mem.items() if k in ('rgba', 'oi', 'z')})
+    x = self.read(i)
+    return dict(record=x['json'], rgba=x['ii.png'], **{k: x[f'{k}.npy'] for k in ('oi', 'z') if f'{k}.npy' in x})
 
-# %% ../nbs/22_rollout.ipynb #be7a9fb8
+Quadruples.read, Quadruples.get = _read, _get
+
+# %% ../nbs/22_rollout.ipynb #5c03716f
 def _load(
     self:Quadruples,
     cache, # ram, or a device
@@ -472,6 +477,7 @@ def _keep(
         self.noise = torch.empty(len(self), *self.noise_shape, device=dev)
         for i in range(0, len(self), 4096): self.noise[i:i+4096] = seeded_randn([r['noise_seed'] for r in self.records[i:i+4096]], *self.noise_shape)
 
+# %% ../nbs/22_rollout.ipynb #1c4a149f
 def _fetch(
     self:Quadruples,
     indices, # sample numbers
@@ -496,7 +502,7 @@ def _fetch(
 
 Quadruples._load, Quadruples._keep, Quadruples.fetch = _load, _keep, _fetch
 
-# %% ../nbs/22_rollout.ipynb #7c26d536
+# %% ../nbs/22_rollout.ipynb #68670a4c
 MIN_PSNR = 50. # dB between OI made on two devices
 
 def compare(
@@ -507,6 +513,18 @@ def compare(
     mse = ((old.float()-new.float())/255).square().mean().item()
     return float('inf') if mse == 0 else -10*np.log10(mse).item()
 
+def by_slot(
+    ids,   # sample numbers, in any order
+    B:int, # micro-batch
+)->list:   # of {slot: sample number}
+    "As few micro-batches as leave every sample in its slot."
+    groups = []
+    for i in ids:
+        free = [g for g in groups if i % B not in g]
+        if not free: free = [{}]; groups += free
+        free[0][i % B] = i
+    return groups
+
 def verify(
     data:Quadruples,
     roller:Roller, # made with the teacher and the settings in question
@@ -515,23 +533,24 @@ def verify(
     seed:int=0,    # chooses the records
 )->tuple:          # lines, one a failure; PSNR of each record tried
     "Make records again from their seeds."
-    now = made_by(roller.teacher.device)
-    pick = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n].tolist()
-    bad, marks = [], []
-    for i in pick:
-        q = data.get(i); r, where = q['record'], f'{data.table[i][0]} {q["record"]["key"]}'
-        if source is not None:
-            r, rgba = plan(r['index'], source, roller.cfg.view, roller.seed)
-            odd = [k for k in r if r[k] != q['record'][k]]+['ii.png']*(not torch.equal(rgba, q['rgba']))
-            if odd: bad.append(f'{where}: {", ".join(odd)} differ from what the seeds give')
-        z, oi = roller([r], q['rgba'][None])
-        old = q['oi'] if 'oi' in q else to_bytes(roller.teacher.decode(q['z'][None].to(z)))[0]
-        db  = compare(old.cpu(), oi[0].cpu()); marks.append(db)
-        same = 'oi' in q and data.table[i][0] and read_index(data.table[i][0]).get('made_by') == now
-        if db < (float('inf') if same else MIN_PSNR): bad.append(f'{where}: OI made again has {db:.1f} dB'+(', on the same device and versions it should be equal' if same else f', less than {MIN_PSNR:.0f}'))
+    now, bad, marks = made_by(roller.teacher.device), [], []
+    pick = [data.get(i)|dict(tar=data.table[i][0]) for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n].tolist()]
+    qs = {q['record']['index']: q for q in pick}
+    for group in by_slot(qs, roller.cfg.rollout_batch):
+        part = [qs[i] for i in group.values()]
+        plans = [plan(i, source, roller.cfg.view, roller.seed) if source else (qs[i]['record'], qs[i]['rgba']) for i in group.values()]
+        z, oi = roller([r for r, _ in plans], torch.stack([q['rgba'] for q in part]), list(group))
+        for q, (r, rgba), new in zip(part, plans, oi):
+            where = f'{q["tar"]} {q["record"]["key"]}'
+            if odd := [k for k in r if r[k] != q['record'][k]]+['ii.png']*(not torch.equal(rgba, q['rgba'])): bad.append(f'{where}: {", ".join(odd)} differ from what the seeds give')
+            old = q['oi'] if 'oi' in q else to_bytes(roller.teacher.decode(q['z'][None].to(z)))[0]
+            marks.append(compare(old.cpu(), new.cpu()))
+            same = 'oi' in q and q['tar'] and read_index(q['tar']).get('made_by') == now
+            if marks[-1] < (float('inf') if same else MIN_PSNR):
+                bad.append(f'{where}: OI made again has {marks[-1]:.1f} dB, '+('on the same device and versions it should be equal' if same else f'less than {MIN_PSNR:.0f}'))
     return bad, marks
 
-# %% ../nbs/22_rollout.ipynb #02ce68a3
+# %% ../nbs/22_rollout.ipynb #40c7fc2c
 @dataclass(frozen=True)
 class RolloutArgs:
     "Roll a teacher out into shards of quadruples {N, C, II, OI}, or verify them."
@@ -560,6 +579,7 @@ def load_roller(
         raise UserError(f'{a.teacher}: trained for another configuration: '+', '.join(f'{k} is {x} there, {y} here' for k, (x, y) in diff.items())+'; give its --scale')
     return Roller(teacher, a.cfg, a.seed, a.precision or a.cfg.fit_teacher.precision, a.compile)
 
+# %% ../nbs/22_rollout.ipynb #7a6d68a7
 def main(
     args=None, # list of str, default sys.argv[1:]
 ):

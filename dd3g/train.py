@@ -48,7 +48,7 @@ def perceptual(
     if cfg.fit.precision == 'bf16': d.trunk = InBf16(d.trunk.to(memory_format=torch.channels_last))
     return d
 
-# %% ../nbs/42_train.ipynb #927dba57
+# %% ../nbs/42_train.ipynb #e25ead81
 class Joint:
     "L_DD3G = L_ES + beta_i L_IV + L_on (Eq. 6), as `fit` calls it."
     def __init__(self,
@@ -77,7 +77,7 @@ class Joint:
         if l.explicit:
             views = render(g, cams, c.view.size, batch['background']).rgb
             terms['es'], parts = explicit(views, batch['oi'], self.d if balance else self.fast, l) # a compiled graph can be walked once only
-            logs |= parts
+            logs |= dict(parts, es=terms['es'].detach())
         if w := step_weight(step, I, l):
             t = draw_t(len(batch['rgba']), step, I, l, gen, c.diffusion.train_steps)
             iv, more, _ = implicit(g, batch['rgba'], self.teacher, self.schedule, t, gen, c)

@@ -1,5 +1,5 @@
 "Every program: help made of field comments, one line and exit code 2 for a wrong flag."
-import importlib, importlib.util, re, subprocess, sys
+import importlib, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
@@ -10,9 +10,11 @@ EXPECTED = 'objects teach rollout train generate bench'.split()
 def run(module, args, capsys, monkeypatch):
     "Run a program's main in this process: exit code, stdout, stderr. A wide terminal keeps help lines whole."
     monkeypatch.setenv('COLUMNS', '1000'); monkeypatch.setattr(sys, 'argv', [f'dd3g.{module}'])
-    with pytest.raises(SystemExit) as e: importlib.import_module(f'dd3g.{module}').main(args)
+    code = 0
+    try: importlib.import_module(f'dd3g.{module}').main(args)
+    except SystemExit as e: code = e.code or 0
     out = capsys.readouterr()
-    return e.value.code or 0, out.out, out.err
+    return code, out.out, out.err
 
 def comments(source, cls='Args'):
     "Comments of the fields of a module's dataclasses of arguments."
@@ -27,7 +29,7 @@ def plain(text): return re.sub(r'[^\w]+', ' ', re.sub(r'\x1b\[[0-9;]*m', '', tex
 def test_help(module, capsys, monkeypatch):
     code, out, err = run(module, ['--help'], capsys, monkeypatch)
     text = out+err
-    for sub in (m[1].split(',') if (m := re.search(r'\{([a-z,]+)\}', text)) else []): text += ''.join(run(module, [sub, '--help'], capsys, monkeypatch)[1:])
+    for sub in getattr(importlib.import_module(f'dd3g.{module}'), 'COMMANDS', {}): text += ''.join(run(module, [sub, '--help'], capsys, monkeypatch)[1:])
     assert code == 0 and 'Traceback' not in text
     said = list(comments((ROOT/'dd3g'/f'{module}.py').read_text(encoding='utf-8')))
     missing = [c for c in said if plain(c)[:40] not in plain(text)]
