@@ -55,7 +55,7 @@ def spread(
     "A golden spiral with radii that fill the ball evenly."
     return fibonacci(n)*((torch.arange(n)*.7548776662 % 1).sqrt()*.5+.2)[:,None] # .7549: the plastic number's low-discrepancy sequence
 
-# %% ../nbs/32_decoding.ipynb #864eba7b
+# %% ../nbs/32_decoding.ipynb #02c331c3
 def mlp_head(
     dim:int,     # width of a token
     n_out:int,   # numbers out
@@ -66,7 +66,11 @@ def mlp_head(
     nn.init.normal_(head[-1].weight, std=std); nn.init.zeros_(head[-1].bias)
     return head
 
-def logit(p): return math.log(p/(1-p))
+def logit(
+    p:float, # in (0, 1)
+)->float:
+    "Inverse of the sigmoid."
+    return math.log(p/(1-p))
 
 # %% ../nbs/32_decoding.ipynb #f5f2d76f
 class ProgressiveDecoding(nn.Module):

@@ -230,13 +230,15 @@ def front_back(a, b, y=0.): # colour in front of and behind the plane at y
     "The back has a colour of its own."
     return lambda u, v, p: _mix(a, b, p[...,1] > y)
 
-# %% ../nbs/14_objects.ipynb #17409c58
+# %% ../nbs/14_objects.ipynb #fec5ca2f
 MOODS = dict(pastel=(.28, .48, .86, .98), vivid=(.62, .85, .80, .97), earthy=(.35, .6, .5, .75), # saturation and value, low and high
              cool=(.3, .65, .55, .9), plain=(.03, .14, .3, .95))
 HUES  = ((.98, .03), (.04, .09), (.10, .15), (.22, .38), (.45, .52), (.54, .64), (.70, .80), (.88, .96)) # red, orange, yellow, green, teal, blue, violet, pink
 OFTEN = (4, 4, 3, 2, 2, 4, 1, 1) # how often each is met: things are more often red, brown and blue than violet
 
-def hsv(h, s, v): return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1)))
+def hsv(h, s, v): # hue (any number, it wraps), saturation, value
+    "RGB of a hue, saturation and value, out-of-range ones clipped."
+    return np.array(colorsys.hsv_to_rgb(h % 1, min(max(s, 0), 1), min(max(v, 0), 1)))
 
 class Palette:
     "The colours of one object: main, second, accent, light, dark, and the natural ones."
@@ -255,7 +257,9 @@ class Palette:
         self.white, self.black = np.array([.97, .96, .94]), np.array([.1, .1, .12])
         self.any = [self.main, self.second, self.accent]
 
-def shade(c, f): return np.clip(np.asarray(c)*f, 0, 1) # darker below 1, lighter above
+def shade(c, f): # RGB, factor
+    "Darker below 1, lighter above."
+    return np.clip(np.asarray(c)*f, 0, 1)
 
 # %% ../nbs/14_objects.ipynb #35dd9dfc
 class Build:
@@ -372,10 +376,13 @@ def straight(
     rgb, a = x[...,:3,:,:], x[...,3:,:,:].clamp(0, 1)
     return (torch.cat([(rgb/a.clamp(min=1e-4)).clamp(0, 1)*(a > 1/512), a], -3)*255).round().byte()
 
-# %% ../nbs/14_objects.ipynb #26ecc2af
+# %% ../nbs/14_objects.ipynb #d518f78c
 CLASSES = {} # name -> grammar
 
-def grammar(f): CLASSES[f.__name__.strip('_')] = f; return f
+def grammar(f): # function of a Build
+    "Enter a class into CLASSES under the function's name."
+    CLASSES[f.__name__.strip('_')] = f
+    return f
 
 def eyes(
     b,            # Build
@@ -1336,12 +1343,16 @@ class SheetArgs:
     objects:int=16           # rings shown, one a row
     views:int=8              # views of each
 
-# %% ../nbs/14_objects.ipynb #8ad25208
-def make(a): return write_rings([('procedural', a.first+i) for i in range(a.count or a.cfg.objects)], a.out, a.cfg.view, a.renderer, a.rings, a.seed, workers=a.workers)
-def render_folder(a):
+# %% ../nbs/14_objects.ipynb #a808075e
+def make(a): # MakeArgs
+    "Procedural objects to rings."
+    return write_rings([('procedural', a.first+i) for i in range(a.count or a.cfg.objects)], a.out, a.cfg.view, a.renderer, a.rings, a.seed, workers=a.workers)
+def render_folder(a): # RenderArgs
+    "A folder of models to rings."
     if a.up not in 'yz': raise UserError(f'--up {a.up}: it is y or z')
     return write_rings([('file', str(p), a.up) for p in find_models(a.models)], a.out, a.cfg.view, a.renderer, a.rings, a.seed, workers=a.workers)
-def sheet(a):
+def sheet(a): # SheetArgs
+    "A contact sheet of rings."
     r = Rings(a.rings); x, _ = r.load(np.linspace(0, len(r)-1, min(a.objects, len(r))).astype(int).tolist())
     x = x[:, np.linspace(0, r.ring, min(a.views, r.ring), endpoint=False).astype(int)].float()/255
     x = x[:,:,:3]*x[:,:,3:] + 1-x[:,:,3:]

@@ -213,7 +213,7 @@ def roll(
     rgba, oi, z = (torch.cat(x) for x in zip(*parts))
     return dict(records=recs, rgba=rgba, oi=oi, z=z, settings=dict(roller.settings, pictures=source.digest))
 
-# %% ../nbs/22_rollout.ipynb #46828f92
+# %% ../nbs/22_rollout.ipynb #d25524b1
 def member_bytes(
     rec:dict,     # the record, as it will be stored
     rgba:Tensor,  # uint8: (4, S, S)
@@ -236,7 +236,9 @@ def made_by(
     cuda = torch.device(device).type == 'cuda'
     return dict(device=torch.cuda.get_device_name(device) if cuda else f'cpu, {torch.get_num_threads()} threads', torch=torch.__version__)
 
-def index_path(tar): return Path(tar).with_suffix('.json')
+def index_path(tar): # a shard
+    "Where the shard's index lies."
+    return Path(tar).with_suffix('.json')
 
 def write_shard(
     tar,           # quads-00000.tar

@@ -188,7 +188,7 @@ class Resampler(nn.Module):
             q = q + ff(q)
         return self.norm_out(self.proj_out(q))
 
-# %% ../nbs/20_teacher.ipynb #dc20bb16
+# %% ../nbs/20_teacher.ipynb #1b49f594
 class MultiViewUNet(nn.Module):
     "MVDream's and ImageDream's denoiser."
     def __init__(self,
@@ -245,13 +245,16 @@ class MultiViewUNet(nn.Module):
             for layer in blk: h = layer(h, emb, context, N)
         return self.out(h).unflatten(0, (-1, N))[:, :V].to(z.dtype) # (B, V, 4, h, w)
 
-    def context(self,
-        text:Tensor,     # text tokens: (B, T, ctx), or None
-        features:Tensor, # picture features: (B, n, width)
-    )->Tensor:           # (B, T + image_tokens, ctx)
-        "Context of the cross-attention: text, then the picture's tokens. It does not depend on time: compute it once a rollout."
-        pic = self.image_embed(features.to(self.out[-1].weight.dtype))
-        return pic if text is None else torch.cat([text.to(pic.dtype), pic], 1)
+# %% ../nbs/20_teacher.ipynb #d24fd002
+def _context(self,
+    text:Tensor,     # text tokens: (B, T, ctx), or None
+    features:Tensor, # picture features: (B, n, width)
+)->Tensor:           # (B, T + image_tokens, ctx)
+    "Context of the cross-attention: text, then the picture's tokens. It does not depend on time: compute it once a rollout."
+    pic = self.image_embed(features.to(self.out[-1].weight.dtype))
+    return pic if text is None else torch.cat([text.to(pic.dtype), pic], 1)
+
+MultiViewUNet.context = _context
 
 # %% ../nbs/20_teacher.ipynb #68765c89
 def manifest(
