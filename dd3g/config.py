@@ -182,7 +182,7 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #f805f633
+# %% ../nbs/01_config.ipynb #1f6bd3d6
 def _tiny():
     enc = EncoderConfig('vit', 32, 8, 48, 2, 3)
     fit = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
@@ -198,7 +198,7 @@ def _mini():
     return Config(ViewConfig(size=64, offset_step=22.5), AutoencoderConfig((32, 48, 64), 1, 4, 16, 1.),
         DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(64, (1, 2, 2), 1, (2, 1), 32, 1, 16, 128, 0, 16, 8, 1, 4, 32, True, .1, replace(enc, patch=8)),
         StudentConfig(128, replace(enc, depth=3), 'pe', 'latent', 48, 2, 16, 16, 6, 16, 4, gaussians_per_token=26, scale_init=-4.),
-        LossConfig(lambda_lpips=.02, lpips_net='random-vgg', opacity=.001, sds_every=4), replace(fit, steps=4000, batch=512, lr=1e-3, ema=.995), replace(fit, steps=20_000, batch=128), fit,
+        LossConfig(lambda_lpips=.02, lpips_net='random-vgg', opacity=.001, sds_every=4), replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), replace(fit, steps=20_000, batch=128), fit,
         objects=4000, quadruples=100_000, rollout_batch=512)
 
 def _small():
