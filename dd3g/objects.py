@@ -11,7 +11,7 @@ __all__ = ['MOODS', 'HUES', 'OFTEN', 'KEY', 'FILL', 'CLASSES', 'SUFFIXES', 'CREA
            'plane', 'boat', 'rocket', 'robot', 'animal', 'creature', 'bird', 'fish', 'snowman', 'procedural',
            'crease_normals', 'load_model', 'find_models', 'family_of', 'sample_surface', 'point_gaussians',
            'point_count', 'draw_points', 'build', 'ring_cameras', 'ring_of', 'write_rings', 'Rings', 'split_families',
-           'MakeArgs', 'RenderArgs', 'SheetArgs', 'make', 'render_folder', 'sheet', 'main']
+           'RingArgs', 'MakeArgs', 'RenderArgs', 'SheetArgs', 'make', 'render_folder', 'sheet', 'main']
 
 # %% ../nbs/14_objects.ipynb #7fa6e7ed
 import collections, colorsys, contextlib, dataclasses, functools, io, json, multiprocessing, os, re, sys, tarfile, typing
@@ -1308,13 +1308,11 @@ def split_families(
         if n >= held_out*total: break
     return [i for i, m in enumerate(meta) if m['family'] not in held], [i for i, m in enumerate(meta) if m['family'] in held]
 
-# %% ../nbs/14_objects.ipynb #a047df6c
+# %% ../nbs/14_objects.ipynb #45049608
 @dataclass(frozen=True)
-class MakeArgs:
-    "Draw procedural objects into rings."
+class RingArgs:
+    "What both kinds of rings need."
     out:Path=Path('runs/rings') # folder for the shards
-    count:int=0              # objects; 0: as many as the scale says
-    first:int=0              # seed of the first one; the others follow
     rings:int=2              # rings per object
     seed:int=0               # of elevations and points
     renderer:str='auto'      # mesh (pyrender), points (our renderer), auto: points where there is a GPU
@@ -1323,17 +1321,16 @@ class MakeArgs:
     cfg:Cfg=SCALES['tiny']
 
 @dataclass(frozen=True)
-class RenderArgs:
+class MakeArgs(RingArgs):
+    "Draw procedural objects into rings."
+    count:int=0              # objects; 0: as many as the scale says
+    first:int=0              # seed of the first one; the others follow
+
+@dataclass(frozen=True)
+class RenderArgs(RingArgs):
     "Draw a folder of models into rings."
     models:Path=Path('models') # folder of GLB, glTF, OBJ, PLY or STL files
-    out:Path=Path('runs/rings') # folder for the shards
     up:str='y'               # which axis points up in the files: y or z
-    rings:int=2              # rings per object
-    seed:int=0               # of elevations and points
-    renderer:str='auto'      # mesh (pyrender), points (our renderer), auto: points where there is a GPU
-    workers:typing.Optional[int]=None # processes; default by the number of cores
-    scale:str='tiny'         # tiny, mini, small or paper
-    cfg:Cfg=SCALES['tiny']
 
 @dataclass(frozen=True)
 class SheetArgs:

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 NBS   = sorted((ROOT/'nbs').rglob('*.ipynb'))
 KNOWN = re.compile(r'#\| ?(default_exp [a-z0-9_]+|export|eval: false|hide|cuda|slow|notest)') # nbdev ignores a misspelt one silently
-PATHS = re.compile(r'/work/|/opt/dd|/root/|/home/\w|/Users/\w|site-packages') # says whose machine it was
+PATHS = re.compile(r'(?<![\w.:/-])/(?:home|Users|root|opt|mnt|srv|work)/\w|site-packages') # says whose machine it was
 
 class Nb:
     def __init__(self, path):
