@@ -119,7 +119,7 @@ def _embedding(self):
 
 Cameras.embedding = _embedding
 
-# %% ../nbs/10_cameras.ipynb #f72afe49
+# %% ../nbs/10_cameras.ipynb #edf19415
 def _plucker(self,
     h:int,      # height, pixels
     w:int=None, # width, default h
@@ -129,18 +129,18 @@ def _plucker(self,
     f = .5*h/math.tan(math.radians(self.fov)/2)
     y, x = torch.meshgrid(*[torch.arange(n, device=self.device, dtype=self.c2w.dtype)+.5 for n in (h, w)], indexing='ij')
     d = torch.stack([(x-w/2)/f, (y-h/2)/f, torch.ones_like(x)])             # camera frame: (3, h, w)
-    d = torch.einsum('...ij,jhw->...ihw', self.c2w[..., :3, :3], d/d.norm(dim=0)) # world frame
+    d = (self.c2w[..., :3, :3, None, None]*(d/d.norm(dim=0))).sum(-3)       # world frame; written out, since autocast would do a product of matrices in half precision
     o = self.positions[..., None, None].expand_as(d)
     return torch.cat([torch.cross(o, d, dim=-3), d], -3)
 
 Cameras.plucker = _plucker
 
-# %% ../nbs/10_cameras.ipynb #d9ed4716
+# %% ../nbs/10_cameras.ipynb #f1744f44
 def draw_cameras(
     seeds,           # one integer a quadruple
     view:ViewConfig, # its azimuth, elevation, offset_step and fixed_cameras
 ): # offset (B,) and elevation (B,), degrees, float32 on the CPU
-    "C of each quadruple from its own seed (Sec. III-A)."
+    "C of each quadruple from its own seed (Sec. III-E)."
     if view.fixed_cameras: return torch.zeros(len(seeds)), torch.zeros(len(seeds))
     u = torch.stack([torch.rand(2, generator=torch.Generator().manual_seed(seed_of('cameras', int(s)))) for s in seeds])
     low, high = view.azimuth

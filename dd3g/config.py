@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Cfg', 'ViewConfig', 'AutoencoderConfig', 'EncoderConfig', 'DiffusionConfig', 'TeacherConfig',
-           'StudentConfig', 'LossConfig', 'FitConfig', 'Config', 'check', 'to_json', 'from_dict', 'config_hash',
-           'parse']
+           'StudentConfig', 'LossConfig', 'FitConfig', 'Config', 'whole_numbers', 'check', 'to_json', 'from_dict',
+           'config_hash', 'parse']
 
 # %% ../nbs/01_config.ipynb #35bab5d2
 import dataclasses, json, sys, typing
@@ -89,7 +89,7 @@ class TeacherConfig:
     canonical:float=.5         # part of the training samples whose cameras are the canonical four (offset 0)
     min_snr:float=0.           # gamma of min-SNR loss weighting; 0: plain mean square of the prediction's error
 
-# %% ../nbs/01_config.ipynb #895ea290
+# %% ../nbs/01_config.ipynb #6b2386fb
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B)."
@@ -110,7 +110,7 @@ class StudentConfig:
     taps_color:tuple[float,...]=(.2, .8)     # weights of two adjacent blocks for c and alpha (Sec. IV-A)
     gaussians_per_token:int=512 # (Sec. IV-A)
     scale_range:tuple[float,float]=(-9., -3.) # log of s, by a sigmoid (Sec. IV-A)
-    scale_init:float=-4.       # log of s at initialisation: as wide as gaps between Gaussians; measured in the notebook of PD
+    scale_init:float=-5.3      # log of s at initialisation: so wide that an untrained body is seen and seen through; measured in the notebooks of PD and PEPD
     alpha_init:float=.1        # opacity at initialisation (TGS, TRELLIS)
     offset:float=.3            # radius of a Gaussian's offset from its token's anchor, world units (bounded by tanh)
     @property
@@ -182,45 +182,71 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #1f6bd3d6
+# %% ../nbs/01_config.ipynb #9b59dece
 def _tiny():
-    enc = EncoderConfig('vit', 32, 8, 48, 2, 3)
-    fit = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
-    return Config(ViewConfig(size=32, ring=8, offset_step=45.), AutoencoderConfig((16, 24, 32), 1, 4, 8, 1.),
-        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(16, (1, 2), 1, (2, 1), 16, 1, 8, 48, 0, 16, 4, 1, 3, 16, True, .1, enc),
-        StudentConfig(48, enc, 'pe', 'latent', 32, 1, 16, 8, 6, 8, 3, gaussians_per_token=24, scale_init=-3.6),
-        LossConfig(lambda_lpips=.002, lpips_net='random-squeeze', opacity=.001, sds_every=4), replace(fit, steps=240, batch=16, lr=5e-3, betas=(.9, .99)), replace(fit, steps=200, batch=16), fit,
+    enc  = EncoderConfig(kind='vit', size=32, patch=8, width=48, depth=2, heads=3)
+    fit  = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
+    unet = TeacherConfig(channels=16, mult=(1, 2), res_blocks=1, attention=(2, 1), head_dim=16, groups=8, context_dim=48, text_tokens=0,
+                         image_tokens=4, resampler_depth=1, resampler_heads=3, resampler_head_dim=16, encoder=enc)
+    pepd = StudentConfig(width=48, encoder=enc, pe_channels=32, pe_depth=1, pe_head_dim=16, pe_groups=8, pd_blocks=6, pd_k=8, pd_heads=3,
+                         gaussians_per_token=24, scale_init=-3.6)
+    return Config(
+        view=ViewConfig(size=32, ring=8, offset_step=45.), ae=AutoencoderConfig(channels=(16, 24, 32), layers=1, groups=8, scaling=1.),
+        diffusion=DiffusionConfig(prediction='v', guidance=2.), teacher=unet, student=pepd,
+        loss=LossConfig(lambda_lpips=.002, lpips_net='random-squeeze', opacity=.001, sds_every=4),
+        fit_ae=replace(fit, steps=240, batch=16, lr=5e-3, betas=(.9, .99)), fit_teacher=replace(fit, steps=200, batch=16), fit=fit,
         objects=24, quadruples=64, rollout_batch=16)
 
 def _mini():
-    enc = EncoderConfig('vit', 64, 4, 128, 4, 4)
-    fit = FitConfig(steps=12_000, batch=64, lr=4e-4, warmup=300, cosine=True, ema=.999, precision='bf16', compile=True)
-    return Config(ViewConfig(size=64, offset_step=22.5), AutoencoderConfig((32, 48, 64), 1, 4, 16, 1.),
-        DiffusionConfig(prediction='v', guidance=2.), TeacherConfig(64, (1, 2, 2), 1, (2, 1), 32, 1, 16, 128, 0, 16, 8, 1, 4, 32, True, .1, replace(enc, patch=8)),
-        StudentConfig(128, replace(enc, depth=3), 'pe', 'latent', 48, 2, 16, 16, 6, 16, 4, gaussians_per_token=26, scale_init=-4.),
-        LossConfig(lambda_lpips=.02, lpips_net='random-vgg', opacity=.001, sds_every=4), replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), replace(fit, steps=20_000, batch=128), fit,
+    enc  = EncoderConfig(kind='vit', size=64, patch=4, width=128, depth=4, heads=4)
+    fit  = FitConfig(steps=12_000, batch=64, lr=4e-4, warmup=300, cosine=True, ema=.999, precision='bf16', compile=True)
+    unet = TeacherConfig(channels=64, mult=(1, 2, 2), res_blocks=1, attention=(2, 1), head_dim=32, groups=16, context_dim=128, text_tokens=0,
+                         image_tokens=8, resampler_depth=1, resampler_heads=4, resampler_head_dim=32, encoder=replace(enc, patch=8))
+    pepd = StudentConfig(width=128, encoder=replace(enc, depth=3), pe_channels=48, pe_depth=2, pe_head_dim=16, pe_groups=16, pd_blocks=6, pd_heads=4,
+                         gaussians_per_token=26, scale_init=-4.)
+    return Config(
+        view=ViewConfig(size=64, offset_step=22.5), ae=AutoencoderConfig(channels=(32, 48, 64), layers=1, groups=16, scaling=1.),
+        diffusion=DiffusionConfig(prediction='v', guidance=2.), teacher=unet, student=pepd,
+        loss=LossConfig(lambda_lpips=.02, lpips_net='random-vgg', opacity=.001, sds_every=4),
+        fit_ae=replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), fit_teacher=replace(fit, steps=20_000, batch=128), fit=fit,
         objects=4000, quadruples=100_000, rollout_batch=512)
 
 def _small():
-    enc = EncoderConfig('vit', 128, 8, 224, 5, 8)
-    m = _mini()
-    return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=AutoencoderConfig((32, 64, 96), 1, 4, 16, 1.),
-        teacher=TeacherConfig(64, (1, 2, 3), 2, (4, 2), 32, 1, 16, 128, 0, 16, 8, 2, 4, 32, True, .1, EncoderConfig('vit', 128, 16, 128, 4, 4)),
-        student=StudentConfig(224, enc, 'pe', 'latent', 80, 2, 20, 16, 8, 16, 8, gaussians_per_token=64, scale_init=-4.4),
-        quadruples=60_000, rollout_batch=256)
+    enc, m = EncoderConfig(kind='vit', size=128, patch=8, width=224, depth=5, heads=8), _mini()
+    unet = replace(m.teacher, mult=(1, 2, 3), res_blocks=2, attention=(4, 2), resampler_depth=2,
+                   encoder=EncoderConfig(kind='vit', size=128, patch=16, width=128, depth=4, heads=4))
+    pepd = replace(m.student, width=224, encoder=enc, pe_channels=80, pe_head_dim=20, pd_blocks=8, pd_heads=8, gaussians_per_token=64, scale_init=-4.4)
+    return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=replace(m.ae, channels=(32, 64, 96)), teacher=unet, student=pepd,
+                   quadruples=60_000, rollout_batch=256)
 
 SCALES = dict(tiny=_tiny(), mini=_mini(), small=_small(), paper=Config()) # the only four names there are
 
-# %% ../nbs/01_config.ipynb #258ada37
+# %% ../nbs/01_config.ipynb #811221bd
+def whole_numbers(
+    cfg:Config, # any configuration
+)->list:        # (field, its value, what must divide it, that value)
+    "Sizes that must divide one another."
+    s, v = cfg.student, cfg.view
+    enc  = lambda n, e: [(f'{n}.width', e.width, f'{n}.heads', e.heads), (f'{n}.size', e.size, f'{n}.patch', e.patch)]
+    fits = [(n, getattr(cfg, n)) for n in ('fit', 'fit_ae', 'fit_teacher')]
+    return [('student.width', s.width, 'student.pd_heads', s.pd_heads), ('student.pe_channels', s.pe_channels, 'student.pe_groups', s.pe_groups),
+            ('student.pe_channels', s.pe_channels, 'student.pe_head_dim', s.pe_head_dim), *enc('student.encoder', s.encoder), *enc('teacher.encoder', cfg.teacher.encoder),
+            *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
+            *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
+
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
     "Refuse a configuration that cannot work. Raises UserError naming the field and its bounds."
     s, v, d = cfg.student, cfg.view, cfg.diffusion
+    for a, x, b, y in whole_numbers(cfg):
+        if y < 1 or x < 1 or x % y: raise UserError(f'{a}={x} must be a multiple of {b}={y}')
     if v.size % 2**(len(cfg.ae.channels)-1): raise UserError(f'view.size={v.size} must be a multiple of {2**(len(cfg.ae.channels)-1)}: each level of ae.channels halves it')
     if not 0 <= v.input_view < v.n_views: raise UserError(f'view.input_view={v.input_view} must be one of the {v.n_views} views')
     for name, x, ok in [('student.pattern', s.pattern, ('pe', 'constant', 'concat', 'none')), ('student.fifth_frame', s.fifth_frame, ('latent', 'noise')),
                         ('student.heads', s.heads, ('progressive', 'last')), ('diffusion.prediction', d.prediction, ('epsilon', 'v')),
+                        ('student.encoder.kind', s.encoder.kind, ('vit', 'dinov2', 'clip')), ('teacher.encoder.kind', cfg.teacher.encoder.kind, ('vit', 'dinov2', 'clip')),
+                        ('loss.lpips_net', cfg.loss.lpips_net.removeprefix('random-'), ('vgg', 'alex', 'squeeze')),
                         ('loss.sds_weight', cfg.loss.sds_weight, ('sigma_over_alpha', 'one', 'one_minus_abar')), ('loss.sds_schedule', cfg.loss.sds_schedule, ('uniform', 'high_to_low')),
                         ('loss.sds_reduction', cfg.loss.sds_reduction, ('mean', 'sum')), ('loss.sds_background', cfg.loss.sds_background, ('random', 'white'))]:
         if x not in ok: raise UserError(f'{name}={x!r} is not one of {", ".join(ok)}')
@@ -232,9 +258,12 @@ def check(
     if not (cfg.loss.explicit or cfg.loss.implicit): raise UserError('loss.explicit and loss.implicit are both off; nothing is left to learn from')
     for name in ('lambda_mse', 'lambda_lpips', 'eta', 'opacity', 'sds_guidance'):
         if not getattr(cfg.loss, name) >= 0: raise UserError(f'loss.{name}={getattr(cfg.loss, name)} must be at least 0')
+    if s.heads == 'progressive' and s.pd_blocks < 5: raise UserError(f'student.pd_blocks={s.pd_blocks} must be at least 5: progressive decoding reads five of them')
     if cfg.loss.sds_every < 1: raise UserError(f'loss.sds_every={cfg.loss.sds_every} must be at least 1')
     for name, f in [('fit', cfg.fit), ('fit_ae', cfg.fit_ae), ('fit_teacher', cfg.fit_teacher)]:
-        if f.steps < 1 or f.batch < 1: raise UserError(f'{name}.steps and {name}.batch must be at least 1')
+        for k in ('steps', 'batch', 'accumulate', 'save_every', 'log_every', 'grid_every', 'keep'):
+            if getattr(f, k) < 1: raise UserError(f'{name}.{k}={getattr(f, k)} must be at least 1')
+        if not f.lr > 0: raise UserError(f'{name}.lr={f.lr} must be above 0')
         if f.precision not in ('fp32', 'bf16'): raise UserError(f'{name}.precision={f.precision!r} is not fp32 or bf16')
         if not 0 <= f.ema < 1: raise UserError(f'{name}.ema={f.ema} must be in [0, 1)')
     return cfg

@@ -6,11 +6,10 @@
 __all__ = ['PACKAGE', 'ROOT', 'RECORDS', 'UMASK', 'find_root', 'UserError', 'cli', 'whole_file', 'seed_of', 'seeded_randn', 'sha',
            'git_state', 'machine', 'record', 'read_records', 'fix_torchvision', 'device', 'Jpeg', 'thumbs']
 
-# %% ../nbs/00_core.ipynb #91596989
+# %% ../nbs/00_core.ipynb #21d717b1
 import contextlib, errno, hashlib, importlib.metadata, importlib.util, io, json, os, re, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ PACKAGE = Path(importlib.util.find_spec('dd3g').origin).parent if importlib.util
 ROOT    = find_root(Path.cwd()) if find_root(Path.cwd()) != Path.cwd() else find_root(PACKAGE)
 RECORDS = ROOT/'figures'/'records' # measured numbers, one JSON object a line
 
-# %% ../nbs/00_core.ipynb #af62a6d9
+# %% ../nbs/00_core.ipynb #f83d0307
 class UserError(Exception):
     "Something only the user can mend; its text names the file and what to do."
 
@@ -37,8 +36,12 @@ def cli():
     try: yield
     except UserError as e: _stop(str(e), 2)
     except KeyboardInterrupt: _stop('stopped by Ctrl-C; finished files are kept', 130)
+    except BrokenPipeError: # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): raise
+        if e.errno == errno.EACCES: _stop(f'{e.filename or "a file"}: {e.strerror}; change its permissions or choose another', 2)
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS): raise
         _stop(f'{e.filename or "output folder"}: {e.strerror}; free some space or choose another folder. Finished files are kept', 2)
 
 def _stop(
@@ -48,8 +51,8 @@ def _stop(
     print('dd3g: '+' '.join(msg.split()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
-# %% ../nbs/00_core.ipynb #deccb516
-UMASK = os.umask(0); os.umask(UMASK) # it can be read by setting it only
+# %% ../nbs/00_core.ipynb #b407ff5d
+UMASK = os.umask(0); os.umask(UMASK) # the only way to read it is to set it
 
 @contextlib.contextmanager
 def whole_file(

@@ -114,7 +114,7 @@ def guided(
     "Classifier-free guidance."
     return uncond + s*(cond-uncond)
 
-# %% ../nbs/21_ddim.ipynb #7a5a4508
+# %% ../nbs/21_ddim.ipynb #bd3a8d2a
 @torch.no_grad()
 def rollout(
     teacher:Teacher,     # U_base
@@ -130,8 +130,9 @@ def rollout(
     g, n = guidance if guidance is not None else schedule.cfg.guidance, steps or schedule.cfg.sample_steps
     cond, B = teacher.encode_condition(image), len(image)
     if g != 1: cond, cams = cond.both(), Cameras(torch.cat([cams.c2w]*2), cams.fov)
+    net = teacher.denoiser(cond, cams) if hasattr(teacher, 'denoiser') else lambda z, t: teacher.denoise(z, t, cond, cams)
     def denoise(z, t):
         t = torch.full((B,), t, device=z.device)
-        out = teacher.denoise(z, t, cond, cams) if g == 1 else guided(*teacher.denoise(torch.cat([z, z]), t.repeat(2), cond, cams).chunk(2), g)
+        out = net(z, t) if g == 1 else guided(*net(torch.cat([z, z]), t.repeat(2)).chunk(2), g)
         return schedule.to_eps(out.float(), z, t)
     return integrate(denoise, schedule, noise[:, :cams.n].float(), n, on_step)

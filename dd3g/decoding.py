@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['tap_plan', 'fibonacci', 'first_anchors', 'spread', 'mlp_head', 'logit', 'ProgressiveDecoding']
 
-# %% ../nbs/32_decoding.ipynb #110d5979
+# %% ../nbs/32_decoding.ipynb #e6c5cc52
 import math
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 
 from .config import StudentConfig
 from .gaussians import Gaussians
-from .layers import PointBlock
+from .layers import PointBlock, neighbours
 
 # %% ../nbs/32_decoding.ipynb #bb76b416
 def tap_plan(
@@ -72,7 +71,7 @@ def logit(
     "Inverse of the sigmoid."
     return math.log(p/(1-p))
 
-# %% ../nbs/32_decoding.ipynb #f5f2d76f
+# %% ../nbs/32_decoding.ipynb #76bafd3d
 class ProgressiveDecoding(nn.Module):
     "Phase two of PEPD, p_2 of Eq. 2: tokens to Gaussians."
     def __init__(self,
@@ -101,23 +100,23 @@ class ProgressiveDecoding(nn.Module):
     ):            # centres (B, T, K, 3) and refined anchors (B, T, 3), world units, float32
         "Decode mu; positions stay in float32."
         shift,off = self.to_anchor(h).float(),self.to_mu(h).float()   # (B, T, 3), (B, T, 3K)
-        with torch.autocast(h.device.type, enabled=False):
-            at  = self.anchor.float() + self.radius*torch.tanh(shift)  # (B, T, 3)
-            mu  = at[:,:,None] + self.cfg.offset*torch.tanh(self.spread + off.unflatten(-1, (-1, 3))) # (B, T, K, 3)
+        at  = self.anchor.float() + self.radius*torch.tanh(shift)     # (B, T, 3)
+        mu  = at[:,:,None] + self.cfg.offset*torch.tanh(self.spread + off.unflatten(-1, (-1, 3))) # (B, T, K, 3)
         return mu,mu.mean(2)
 
     def forward(self,
         x:Tensor, # image tokens then pattern tokens: (B, T, D)
     )->Gaussians: # world frame: (B, T*K)
         x,seen,raw = x + self.embed,{},{}
-        pos = self.anchor.float().expand(x.shape[0], -1, -1)                             # (B, T, 3)
+        near = neighbours(self.anchor.float()[None], self.cfg.pd_k)                      # (1, T, k): all objects share their anchors
         for i,block in enumerate(self.blocks):
-            seen[i] = x = block(x, pos)                                                  # (B, T, D)
+            seen[i] = x = block(x, near)                                                 # (B, T, D)
             for name,taps in self.plan.items():
                 if taps[-1][0] != i: continue
                 h = sum(w*seen[j] for j,w in taps)                                       # (B, T, D)
                 if name == 'mu':
                     raw['mu'],pos = self.centres(h)                                      # (B, T, K, 3), (B, T, 3)
+                    near = neighbours(pos, self.cfg.pd_k)                                # (B, T, k): now each has its own
                 else: raw[name] = getattr(self, f'to_{name}')(h).float().unflatten(-1, (self.cfg.gaussians_per_token, -1)) # (B, T, K, 7 or 4)
         s,q,c,a = *raw['shape'].split([3, 4], -1),*raw['color'].split([3, 1], -1)        # (B, T, K, ·)
         flat = lambda t: t.flatten(1, 2)                                                 # (B, T*K, ·)

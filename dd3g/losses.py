@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALPHA_MIN', 'mse', 'distill_ode', 'explicit', 'opacity', 'opacity_logits', 'random_background', 'sds_weight',
-           'guess_noise', 'sds_gradient', 'surrogate', 'sds', 'verification_cameras', 'implicit', 'gradient_norms']
+           'guess_noise', 'sds_gradient', 'surrogate', 'sds', 'Verifier', 'verification_cameras', 'implicit',
+           'gradient_norms']
 
-# %% ../nbs/40_losses.ipynb #77ad21f4
+# %% ../nbs/40_losses.ipynb #9d6c2ab0
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Config, LossConfig, ViewConfig
 from .cameras import Cameras, view_cameras
@@ -18,6 +19,8 @@ from .images import composite
 from .loop import draw
 from .render import render
 from .ddim import Schedule, guided
+from .layers import compile_blocks
+from .pepd import in_bf16
 
 # %% ../nbs/40_losses.ipynb #be76e4ea
 def mse(
@@ -148,6 +151,27 @@ def sds(
     logs = dict(iv_grad=grad.square().mean().sqrt(), iv_t=t.float().mean())
     return surrogate(z, grad, loss.sds_reduction), logs
 
+# %% ../nbs/40_losses.ipynb #04ed3696
+class Verifier(nn.Module):
+    "A frozen teacher in bfloat16, with what `sds` asks of it."
+    def __init__(self,
+        teacher,        # it stays as it is
+        compiled=False, # compile the blocks of the autoencoder's encoder, whose activations gradients go through
+    ):
+        super().__init__()
+        self.net = in_bf16(teacher).eval().requires_grad_(False)
+        if compiled:
+            import torch._functorch.config as aot
+            if hasattr(aot, 'donated_buffer'): aot.donated_buffer = False # `gradient_norms` walks the graph twice; compiled code may otherwise overwrite it
+            compile_blocks(self.net.ae.encoder)
+    def plain(self): return torch.autocast(next(self.net.parameters()).device.type, enabled=False)
+    def encode(self, x):
+        with self.plain(): return self.net.encode(x).float()
+    def encode_condition(self, image):
+        with self.plain(): return self.net.encode_condition(image)
+    def denoise(self, z, t, cond, cams):
+        with self.plain(): return self.net.denoise(z, t, cond, cams).float()
+
 # %% ../nbs/40_losses.ipynb #bafbea35
 def verification_cameras(
     n:int,               # objects
@@ -161,7 +185,7 @@ def verification_cameras(
     if step: azimuth = (azimuth/step).round()*step
     return view_cameras(view, azimuth, e0+(e1-e0)*u[1], gen.device)
 
-# %% ../nbs/40_losses.ipynb #7d45e4d4
+# %% ../nbs/40_losses.ipynb #797e45ab
 def implicit(
     g:Gaussians,         # the student's objects: (B, G)
     rgba:Tensor,         # II with its alpha, 0..1: (B, 4, S, S)
@@ -175,7 +199,7 @@ def implicit(
     n, dev = len(rgba), rgba.device
     bgc = (random_background(n, gen) if cfg.loss.sds_background == 'random' else torch.ones(n)).to(dev)
     cams = verification_cameras(n, cfg.view, gen).to(dev)
-    views = render(g, cams, cfg.view.size, bgc).rgb
+    views = render(g, cams, cfg.view.size, bgc[:, None]).rgb
     l, logs = sds(views, cams, composite(rgba, bgc), teacher, schedule, t.to(dev), gen, cfg.loss)
     return l, logs, views.detach()
 

@@ -136,7 +136,7 @@ def random_backbone(
     m.net.float()
     for lin in m.lins: lin.model[-1].weight.fill_(1/len(m.lins))
 
-# %% ../nbs/15_metrics.ipynb #015d9e8a
+# %% ../nbs/15_metrics.ipynb #c5d3d52a
 class Perceptual(nn.Module):
     "Perceptual distance between pictures, LPIPS or rLPIPS. Its weights are frozen; gradients reach the pictures."
     def __init__(self,
@@ -162,11 +162,11 @@ class Perceptual(nn.Module):
 
     def forward(self,
         a:Tensor, # pictures 0..1, gradients flow here: (..., 3, H, W)
-        b:Tensor, # the same shape
+        b, # the same shape; or what `features` made of such pictures, to compare many with one
     )->Tensor:    # one distance a picture: (...)
-        assert a.shape == b.shape, f'pictures of {tuple(a.shape)} and {tuple(b.shape)}'
+        assert isinstance(b, list) or a.shape == b.shape, f'pictures of {tuple(a.shape)} and {tuple(b.shape)}'
         with torch.autocast(a.device.type, enabled=False):
-            x, y = (self.features(t.float().reshape(-1, *t.shape[-3:])) for t in (a, b))
+            x, y = (t if isinstance(t, list) else self.features(t.float().reshape(-1, *t.shape[-3:])) for t in (a, b))
             d = sum(((f-g).square()*getattr(self, f'weight{i}')[:, None, None]).sum(1).mean((1, 2)) for i, (f, g) in enumerate(zip(x, y)))
         return d.view(a.shape[:-3])
 

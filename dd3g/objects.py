@@ -924,7 +924,7 @@ def procedural(
     name = f'{cls or drawn}-{int(seed):06d}'
     return Model(name, name, 'procedural', fit_ball([b.part()], radius))
 
-# %% ../nbs/14_objects.ipynb #b173c8dc
+# %% ../nbs/14_objects.ipynb #93625f9e
 SUFFIXES = ('.glb', '.gltf', '.obj', '.ply', '.stl') # what find_models looks for
 CREASE = 40. # degrees: faces meeting at more stay faceted
 
@@ -948,6 +948,7 @@ def crease_normals(
 
 def _colours(
     g, # trimesh.Trimesh
+    texture=None, # PIL picture that replaces the material's own
 ):     # sRGB of each corner (m, 3, 3) uint8, uv (m, 3, 2) or None, texture (h, w, 3) or None
     "What a mesh is painted with: a texture, colours of its own, or its material's base colour."
     grey, full, f = np.full(3, 190, np.uint8), lambda c: np.broadcast_to(c, (len(g.faces), 3, 3)), g.faces
@@ -957,7 +958,7 @@ def _colours(
     m = getattr(vis, 'material', None)
     if m is None: return full(grey), None, None
     pbr, factor = hasattr(m, 'baseColorTexture'), np.full(3, 255, np.uint8)
-    img = m.baseColorTexture if pbr else getattr(m, 'image', None)
+    img = texture or (m.baseColorTexture if pbr else getattr(m, 'image', None))
     if pbr and m.baseColorFactor is not None:
         x = np.asarray(m.baseColorFactor, float)[:3]; x = x/255 if np.asarray(m.baseColorFactor).dtype.kind in 'ui' else x # linear in glTF
         factor = np.round(np.where(x <= .0031308, 12.92*x, 1.055*x**(1/2.4)-.055)*255).astype(np.uint8)
@@ -965,11 +966,12 @@ def _colours(
     if img is None or vis.uv is None: return full(factor), None, None
     return full(factor), vis.uv[f].astype(np.float32), np.asarray(img.convert('RGB'))
 
-# %% ../nbs/14_objects.ipynb #3382006e
+# %% ../nbs/14_objects.ipynb #6f670c49
 def load_model(
     path,            # GLB, glTF, OBJ, PLY or STL
     radius:float=.6, # of the ball it fits in, world units
     up:str='y',      # which axis of the file points up: 'y' or 'z'
+    texture=None,    # picture file for everything that has texture coordinates, where the file does not find its own
 )->Model:
     "Read a model into the world frame. Raises UserError for what is not one."
     import trimesh
@@ -983,11 +985,11 @@ def load_model(
         if not isinstance(g, trimesh.Trimesh) or not len(g.faces): continue
         v = (np.asarray(g.vertices)@T[:3,:3].T + T[:3,3])@stand.T
         f = np.asarray(g.faces)[:, ::-1 if np.linalg.det(T[:3,:3]) < 0 else 1]
-        color, uv, texture = _colours(g)
+        color, uv, tex = _colours(g, texture and Image.open(texture))
         if np.linalg.det(T[:3,:3]) < 0: color, uv = color[:,::-1], uv if uv is None else uv[:,::-1]
         n = len(f)*3
         parts.append(Part(v[f].reshape(n, 3), crease_normals(v, f).reshape(n, 3).astype(np.float32), np.arange(n, dtype=np.int32).reshape(-1, 3),
-                          np.ascontiguousarray(color.reshape(n, 3)), uv if uv is None else uv.reshape(n, 2), texture))
+                          np.ascontiguousarray(color.reshape(n, 3)), uv if uv is None else uv.reshape(n, 2), tex))
     if not parts: raise UserError(f'{path}: holds no triangles; give a mesh, not points or curves')
     if not all(np.isfinite(p.v).all() for p in parts): raise UserError(f'{path}: has coordinates that are not numbers; export it again')
     return Model(f'{path.parent.name}/{path.stem}', family_of(path.stem), path.parent.name, fit_ball(parts, radius))

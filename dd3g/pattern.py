@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['noise_and_cameras', 'ResBlock', 'PatternExtraction']
 
-# %% ../nbs/31_pattern.ipynb #eeecee74
+# %% ../nbs/31_pattern.ipynb #8933a1fd
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 
 from .cameras import Cameras
 from .config import StudentConfig
@@ -42,7 +41,7 @@ class ResBlock(nn.Module):
     )->Tensor:    # (B, D, h, w)
         return x + self.body(x)
 
-# %% ../nbs/31_pattern.ipynb #592a9e21
+# %% ../nbs/31_pattern.ipynb #f2a8b8bc
 class PatternExtraction(nn.Module):
     "Phase one of PEPD, p_1 of Eq. 2: NC under the guidance of II to pattern tokens."
     def __init__(self,
@@ -61,7 +60,7 @@ class PatternExtraction(nn.Module):
         image:Tensor, # image tokens: (B, T, D)
     )->Tensor:        # pattern tokens: (B, 10 F, D)
         B,n = nc.shape[:2]
-        x = self.conv_in(nc.flatten(0, 1))                  # (B F, C, h, w)
+        x = self.conv_in(nc.flatten(0, 1).to(image.dtype))  # (B F, C, h, w)
         for res,attn in zip(self.res, self.attn): x = attn(res(x), None, image, n) # (B F, C, h, w); None: no time step
         x = self.conv_out(x)                                # (B F, 10, h, w)
         return self.to_token(x.reshape(B, n*10, -1))        # (B, 10 F, D)

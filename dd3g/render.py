@@ -226,8 +226,8 @@ def rasterize(
     out   = out.view(S, V, p.side, p.side, 5, tile, tile).permute(0, 1, 4, 2, 5, 3, 6)
     return out.reshape(S, V, 5, p.side*tile, p.side*tile)[..., :size, :size]
 
-# %% ../nbs/12_render.ipynb #2ac0edd4
-WARP = 32 # a GPU's threads that run together; see below
+# %% ../nbs/12_render.ipynb #fcd57ce6
+WARP = 32 # a GPU's threads that run together; see above
 
 def rasterize_gsplat(
     g:Gaussians, # a batch of objects: (S, G)

@@ -183,11 +183,11 @@ class TrainTeacher(nn.Module):
         low = (t < S.cfg.train_steps//2).float()
         return (self.weight(t)*err).mean(), dict(mse=err.detach().mean(), mse_low_t=((low*err).sum()/low.sum().clamp(min=1)).detach())
 
-# %% ../nbs/23_teach.ipynb #2f4aaddd
+# %% ../nbs/23_teach.ipynb #fe8b70ea
 def teacher_loss(
     cfg:Config, # view, teacher, diffusion
 ): # loss function for `fit`
-    "Quadruples of views, noised."
+    "Four views of an object, noised."
     def loss(model, batch, step, gen):
         pics, offset = draw_sample(batch['rgba'], gen, cfg)
         B, dev = len(pics), pics.device

@@ -1,12 +1,12 @@
 """The training loop under what happens to long runs: kill -9, several processes, bf16, a changed configuration."""
-import json, os, signal, socket, subprocess, sys, time
+import errno, json, os, signal, socket, subprocess, sys, time, types
 from dataclasses import replace
 
 import pytest, torch
 from torch import nn
 
 from dd3g.config import FitConfig
-from dd3g.core import UserError
+from dd3g.core import UserError, cli
 from dd3g.loop import TensorData, checkpoints, draw, fit, load_weights, read_log, read_tensors
 
 CFG = FitConfig(steps=20, batch=8, lr=.05, warmup=3, cosine=True, ema=.9, save_every=5, log_every=5, grid_every=10)
@@ -122,3 +122,91 @@ def test_refusals(tmp_path):
 def test_log_survives_a_cut_line(tmp_path):
     (tmp_path/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [dict(step=1, loss=2.)]
+
+def test_cut_line_is_repaired_on_continuing(tmp_path):
+    "A crash in the middle of a line must not swallow the next one."
+    fit(plain_model(), loss_of(), data(), CFG, tmp_path, device='cpu', quiet=True)
+    with open(tmp_path/'log.jsonl', 'a') as f: f.write('{"step": 20, "lo')
+    (tmp_path/'student.safetensors').unlink()
+    fit(plain_model(), loss_of(), data(), replace(CFG, steps=25), tmp_path, device='cpu', quiet=True)
+    assert [r['step'] for r in read_log(tmp_path)] == [5, 10, 15, 20, 25] and len((tmp_path/'log.jsonl').read_text().splitlines()) == 5
+
+def test_lock_of_the_dead_and_of_the_living(tmp_path):
+    "Killed here: taken over at once. On another machine: after a minute of silence."
+    lock = tmp_path/'.lock'
+    go = lambda: fit(plain_model(), loss_of(), data(), replace(CFG, steps=5), tmp_path, device='cpu', quiet=True)
+    lock.write_text(json.dumps(dict(pid=2**22+1, host='node-b')))
+    with pytest.raises(UserError, match='process 4194305 on node-b, last sign of life'): go()
+    os.utime(lock, (time.time()-90,)*2); go()
+    lock.write_text(json.dumps(dict(pid=2**22+1, host=socket.gethostname()))); go()
+    lock.write_text('half a li'); go()
+    assert lock.read_text() == ''
+
+def test_without_file_locks_the_process_is_looked_up(tmp_path, monkeypatch):
+    import fcntl
+    from dd3g.loop import only_one
+    def none(*a): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'flock', none)
+    lock, alive = tmp_path/'.lock', os.getppid()
+    lock.write_text(json.dumps(dict(pid=alive, host=socket.gethostname())))
+    with pytest.raises(UserError, match=f'process {alive} on'):
+        with only_one(tmp_path): pass
+    lock.write_text(json.dumps(dict(pid=2**22+1, host=socket.gethostname())))
+    with only_one(tmp_path): assert json.loads(lock.read_text())['pid'] == os.getpid()
+
+def test_bad_batches_are_named_and_limited(tmp_path):
+    class Named(TensorData):
+        def ids(self, rows): return [f'sample {i}' for i in rows]
+    bad = lambda at: (lambda m, b, step, gen: ((loss_of()(m, b, step, gen)[0]*float('nan') if step in at else loss_of()(m, b, step, gen)[0]), {}))
+    got = fit(plain_model(), bad({7}), Named(**data().tensors), CFG, tmp_path/'one', device='cpu', quiet=True)
+    row, = [json.loads(l) for l in (tmp_path/'one'/'bad_batches.jsonl').read_text().splitlines()]
+    assert row['step'] == 7 and len(row['samples']) == 8 and row['ids'] == [f'sample {i}' for i in row['samples']] and got.weight.isfinite().all()
+    assert read_tensors(checkpoints(tmp_path/'one')[-1])[1]['skipped'] == 1 # counted
+    for at, more, says in [(set(range(4, 99)), dict(patience=5), 'steps in a row had a NaN'), (set(range(0, 99, 2)), dict(limit=4), 'of 10 steps had a NaN')]:
+        with pytest.raises(UserError, match=says) as e: fit(plain_model(), bad(at), data(), CFG, tmp_path/says[:5], device='cpu', quiet=True, **more)
+        assert 'bad_batches.jsonl' in str(e.value) and '\n' not in str(e.value)
+
+def test_full_disk_stops_cleanly(tmp_path, monkeypatch, capsys):
+    "One line, code 2, the last checkpoint whole, no half-written file; with room again the run is the uninterrupted one."
+    import safetensors.torch
+    from safetensors import SafetensorError
+    fit(plain_model(), loss_of(), data(), CFG, tmp_path/'a', device='cpu', quiet=True)
+    save, n = safetensors.torch.save_file, []
+    def full(tensors, path, **kw):
+        n.append(1)
+        if len(n) < 3: return save(tensors, path, **kw)
+        open(path, 'wb').write(b'half'); raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(safetensors.torch, 'save_file', full)
+    with pytest.raises(SystemExit) as e, cli(): fit(plain_model(), loss_of(), data(), CFG, tmp_path/'b', device='cpu', quiet=True)
+    err = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and len(err.splitlines()) == 1 and 'free some space' in err
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints(tmp_path/'b')] == ['checkpoint-0000005.safetensors', 'checkpoint-0000010.safetensors'] and not list((tmp_path/'b').glob('.*.tmp*'))
+    fit(plain_model(), loss_of(), data(), CFG, tmp_path/'b', device='cpu', quiet=True)
+    assert all(torch.equal(v, last(tmp_path/'b')[k]) for k, v in last(tmp_path/'a').items())
+
+def test_parts_may_change_between_run_and_continuation(tmp_path):
+    fit(plain_model(), loss_of(), data(), replace(CFG, steps=10), tmp_path, device='cpu', quiet=True)
+    fit(plain_model(), loss_of(), data(), replace(CFG, accumulate=2), tmp_path, device='cpu', quiet=True)
+    with pytest.raises(UserError, match='fit.batch was 8, is 16.*--force'): fit(plain_model(), loss_of(), data(), replace(CFG, steps=30, batch=16), tmp_path, device='cpu', quiet=True)
+
+def test_boards_get_numbers_and_pictures(tmp_path, monkeypatch):
+    "TensorBoard's file appears by itself; Weights & Biases when asked for."
+    seen = []
+    run = types.SimpleNamespace(log=lambda row, step: seen.append((step, set(row))), finish=lambda: seen.append('end'))
+    wb = types.ModuleType('wandb'); wb.init, wb.Image = lambda **kw: seen.append(kw['project']) or run, lambda x: x.shape
+    wb.__spec__ = types.SimpleNamespace(name='wandb')
+    grid = lambda m, step: dict(psnr=1., grid=torch.rand(3, 8, 16))
+    monkeypatch.setitem(sys.modules, 'wandb', wb)
+    fit(plain_model(), loss_of(), data(), CFG, tmp_path, device='cpu', quiet=True, on_grid=grid, wandb='dd3g')
+    assert seen[0] == 'dd3g' and seen[-1] == 'end' and (10, {'psnr', 'grid'}) in seen and any('loss' in x[1] for x in seen[1:-1])
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    acc = events.EventAccumulator(str(tmp_path/'tensorboard')); acc.Reload()
+    assert {'loss', 'lr', 'psnr'} <= set(acc.Tags()['scalars']) and acc.Tags()['images'] == ['grid']
+    assert [e.step for e in acc.Scalars('loss')] == [5, 10, 15, 20]
+
+def test_wandb_missing_is_one_line(tmp_path, monkeypatch):
+    import dd3g.loop as L
+    find = L.importlib.util.find_spec
+    monkeypatch.setattr(L.importlib.util, 'find_spec', lambda n, *a: None if n == 'wandb' else find(n, *a))
+    with pytest.raises(UserError, match='pip install wandb'): fit(plain_model(), loss_of(), data(), CFG, tmp_path, device='cpu', quiet=True, wandb='dd3g')

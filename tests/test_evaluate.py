@@ -1,0 +1,269 @@
+"The judge: equal marks for equal objects, nothing dropped in silence, statistics that keep their word."
+import json, math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dd3g.cameras import Cameras, orbit, ring
+from dd3g.core import UserError
+from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, bootstrap, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, holm, in_ball, judge, main, moved, of_plys, of_renders,
+                           open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, to_view, turn_of, views_of, weighted_span)
+from dd3g.gaussians import Gaussians
+from dd3g.splats import Splats, draw, save_splats
+from dd3g.testsets import Case, Protocol, shrink, turn_z
+
+P = Protocol(size=32, input_size=32, views=12)
+
+def thing(seed=0, n=400):
+    "An object without symmetry: a coloured blob with a nose and an ear."
+    gen = torch.Generator().manual_seed(seed)
+    mu = torch.randn(n, 3, generator=gen)*torch.tensor([.12, .18, .15]); mu[:80] = mu[:80]*.35+torch.tensor([.35, .05, .1]); mu[80:140] = mu[80:140]*.35+torch.tensor([-.1, .3, .33-.1*seed])
+    mu -= torch.stack([weighted_span(mu[:, k], torch.ones(n)).mean() for k in range(3)]) # centred, as true models are
+    color = (.5+mu/.8).clamp(.05, .95); color[:80] = torch.tensor([.9, .2, .1]); color[80:140] = torch.tensor([.1, .3, .9])
+    return Gaussians(mu, torch.full((n, 3), .035), torch.tensor([1., 0, 0, 0]).repeat(n, 1), color, torch.full((n,), .97))
+
+def straight(r): return torch.cat([((r.rgb-1)/r.alpha.clamp_min(1e-3)+1).clamp(0, 1), r.alpha], 1)
+
+def case_of(g, name='thing', p=P, elevation=10.):
+    "A case whose truth is drawn from Gaussians: no mesh, no OpenGL."
+    cams = ring(p.views, elevation); x = straight(draw(Splats(g), cams, p.size))
+    return Case(name, x[0], cams.views([0]), cams, (x*255).round().byte(), True)
+
+@pytest.fixture(scope='module')
+def case(): return case_of(thing())
+
+# pose and size
+
+@pytest.mark.parametrize('turn', [0, 90, 150, 330])
+def test_azimuth_is_found(case, turn):
+    assert search(Splats(thing()).transform(turn_z(turn)), case, P) == -turn % 360
+
+@pytest.mark.parametrize('scale, shift', [(1., 0.), (5., 3.), (.02, -.4)])
+def test_size_and_place_do_not_matter(case, scale, shift):
+    a, b = (views_of(Splats(thing()).transform(None, torch.tensor([s, -s, s/2]), k), case, P)[0] for k, s in ((1., 0.), (scale, shift)))
+    assert (a-b).abs().max() < .02
+
+def test_perfect_object_keeps_its_marks(case):
+    r, _ = judge([Splats(thing())], case, P)
+    assert r['turns'] == [0.] and r['aligned']['psnr'] > 32 and r['aligned']['iou'] > .9 and abs(r['aligned']['sharpness']-1) < .15
+
+def test_rule_none_leaves_everything(case):
+    s = Splats(thing()).transform(None, None, 1.3)
+    assert torch.equal(place(s, case, replace(P, normalise='none')).g.mu, s.g.mu)
+    with pytest.raises(UserError, match='there are view, ball and none'): place(s, case, replace(P, normalise='magic'))
+
+def test_box_has_parts_of_pixels():
+    a = torch.zeros(1, 1, 20, 20); a[..., 5:15, 3:9] = 1
+    b = a.clone(); b[..., 5:15, 9] = .5
+    assert torch.allclose(box_of(a)[0, :2], torch.tensor([6., 10.])) and 0 < box_of(b)[0, 2]-box_of(a)[0, 2] < 1 and box_of(0*a).abs().max() == 0
+
+def test_stray_gaussian_moves_nothing(case):
+    g = thing(); far = Gaussians(torch.tensor([[0., 0, 40.]]), torch.full((1, 3), .01), g.quat[:1], g.color[:1], g.alpha[:1])
+    a, b = (views_of(Splats(x), case, P)[0] for x in (g, Gaussians.cat([g, far])))
+    assert (a-b).abs().mean() < .01
+
+def test_invisible_object_is_judged_as_nothing(case):
+    g = thing(); g.alpha *= 0
+    r, (rgb, alpha) = judge([Splats(g)], case, P)
+    low = floors(case, P)['white']
+    assert abs(r['aligned']['psnr']-low['psnr']) < 1e-3 and r['aligned']['iou'] == low['iou'] == pytest.approx(0, abs=1e-6) and json.dumps(r, allow_nan=False)
+
+def test_search_looks_at_the_input_only(case):
+    other = replace_truth(case, torch.zeros_like(case.truth))
+    s = Splats(thing()).transform(turn_z(60))
+    assert search(s, other, P) == search(s, case, P) and torch.equal(place(s, other, P).g.mu, place(s, case, P).g.mu)
+
+def replace_truth(c, t): return Case(c.name, c.rgba, c.source, c.cams, t, c.ring)
+
+# other people's files
+
+def test_clothes_do_not_matter(case, tmp_path):
+    g = thing(); g.alpha[::2] = .9995
+    for name, conv, h, k in (('a', 'dd3g', g, {}), ('b', 'lgm', g.transform(None, torch.ones(3), 4.), {}), ('c', 'tgs', g.transform(turn_z(90.), None, .3), {}), ('d', 'inria', g.transform(turn_z(-120.)), {}), ('e', 'lgm', g, dict(plain=True))):
+        save_splats(h, tmp_path/name/'thing.ply', conv, **k)
+    save_splats(g, tmp_path/'f'/'thing.splat', 'viewer')
+    res = evaluate([(case, '')], [of_plys(tmp_path/k) for k in 'abcdef'], P)['methods']
+    got = {k: res[k]['objects'][0]['aligned']['psnr'] for k in 'abcdef'}
+    assert max(abs(got[k]-got['a']) for k in 'bcde') < .3 and abs(got['f']-got['a']) < 1 and got['a'] > 30
+    assert [list(res[k]['about']['conventions']) for k in 'abcdef'] == [['dd3g'], ['lgm'], ['tgs'], ['inria'], ['lgm'], ['viewer']]
+    assert res['c']['objects'][0]['unaligned']['psnr'] < got['c']-3 and 'stored after activation' in res['e']['notes'][0]
+
+def test_nothing_is_dropped_in_silence(case, tmp_path, capsys):
+    for n in ('thing', 'stranger'): save_splats(thing(), tmp_path/'a'/f'{n}.ply', 'dd3g')
+    (tmp_path/'a'/'second.ply').write_bytes(b'ply nonsense')
+    cases = [(case, ''), (case_of(thing(1), 'second'), ''), (case_of(thing(2), 'third'), '')]
+    rep = report(evaluate(cases, [of_plys(tmp_path/'a')], P), cases, P, ['x.glb: broken'])
+    m = rep['methods']['a']
+    assert m['extra'] == ['stranger'] and m['missing'] == ['third'] and m['failed'][0]['object'] == 'second' and 'second.ply' in m['failed'][0]['why']
+    assert m['mean']['aligned']['all']['psnr']['n'] == 1 and rep['problems'] and json.dumps(rep, allow_nan=False)
+    from dd3g.evaluate import say
+    say(rep); err = capsys.readouterr().err.splitlines()
+    assert all(any(w in l for l in err) for w in ('stranger', 'third', 'second.ply', 'x.glb'))
+
+def test_samples_are_grouped(tmp_path):
+    for n in ('a', 'b-seed0', 'b-seed10', 'b-seed2', 'sub/c'): (tmp_path/f'{n}.ply').parent.mkdir(exist_ok=True); (tmp_path/f'{n}.ply').touch()
+    got = by_object(tmp_path.rglob('*.ply'), tmp_path)
+    assert {k: [q.stem for q in v] for k, v in got.items()} == {'a': ['a'], 'b': ['b-seed0', 'b-seed2', 'b-seed10'], 'sub_c': ['c']}
+
+# pictures
+
+def write_views(folder, x, sizes=None, mode='RGBA'):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, v in enumerate(x):
+        im = Image.fromarray((v*255).round().byte().permute(1, 2, 0).contiguous().numpy(), 'RGBA')
+        if mode == 'RGB': im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
+        im.resize(((sizes or [im.width]*99)[i],)*2).save(folder/f'{i:03d}.png')
+
+def test_renders_in_any_order_of_the_ring(case, tmp_path):
+    x = straight(draw(Splats(thing()), case.cams, 32))
+    write_views(tmp_path/'a'/'thing', x); write_views(tmp_path/'b'/'thing', x.roll(3, 0)); write_views(tmp_path/'c'/'thing', x, mode='RGB')
+    res = {k: evaluate([(case, '')], [of_renders(tmp_path/k)], P)['methods'][k]['objects'][0] for k in 'abc'}
+    assert res['a']['turns'] == [0.] and res['b']['turns'] == [270.] and res['a']['aligned']['psnr'] > 30
+    assert abs(res['b']['aligned']['psnr']-res['a']['aligned']['psnr']) < 1e-3 and res['b']['unaligned']['psnr'] < res['a']['aligned']['psnr']-8 and res['c']['aligned']['psnr'] > 45 and res['c']['aligned']['iou'] > .99
+
+def test_renders_and_plys_of_one_object_agree(case, tmp_path):
+    for k in (1., .8):
+        s = Splats(thing()).transform(None, None, k)
+        pics = Pictures(straight(draw(s, case.cams, 32)))
+        a, b = (judge([x], case, P)[0]['aligned']['psnr'] for x in (s, pics))
+        assert a > 35 and b > (50 if k == 1 else 20) # pictures can be scaled in the plane only, and lose at 32 px
+
+def test_renders_of_mixed_sizes_and_absent_views(case, tmp_path):
+    x = straight(draw(Splats(thing()), case.cams, 32))
+    write_views(tmp_path/'a'/'thing', x, sizes=[32, 48]*6); write_views(tmp_path/'b'/'thing', x[:7]); write_views(tmp_path/'d'/'thing', torch.cat([x, x[:2]]))
+    a, b, d = (evaluate([(case, '')], [of_renders(tmp_path/k)], P)['methods'][k] for k in 'abd')
+    assert 'pictures of 32x32, 48x48, all resized to 32' in a['notes'][0] and a['objects'][0]['aligned']['psnr'] > 25
+    assert 'views 007, 008, 009, 010, 011 of 12 are absent' in b['failed'][0]['why'] and not b['objects']
+    assert '2 pictures beyond the 12 views' in d['notes'][0] and d['objects']
+
+def test_energy_needs_no_complete_ring(case, tmp_path):
+    "A teacher that gives four of the twelve views; its own samples are nearer to it than one answer repeated."
+    draws = [straight(draw(Splats(thing(s)), case.cams, 32)) for s in range(4)]
+    for s, x in enumerate(draws):
+        write_views(tmp_path/'t'/'thing'/f'seed{s}', x)
+        for i in set(range(12))-{0, 3, 6, 9}: (tmp_path/'t'/'thing'/f'seed{s}'/f'{i:03d}.png').unlink()
+    alike, same = (Contestant(n, {}, lambda c, o=o: [Splats(thing(s)) for s in o]) for n, o in (('alike', range(4)), ('same', [0]*4)))
+    res = evaluate([(case, '')], [alike, same], P, teacher=of_renders(tmp_path/'t', partial=True))['methods']
+    e = [res[k]['objects'][0]['aligned']['energy'] for k in ('alike', 'same')]
+    assert e[0] < e[1] and res['alike']['objects'][0]['aligned']['best_of_k_psnr'] >= res['alike']['objects'][0]['aligned']['psnr']
+
+# floors and statistics
+
+def test_floors(case):
+    other = case_of(thing(1), 'other'); total = case.white()+other.white()
+    f = floors(case, P, total, 2)
+    assert tuple(f) == FLOORS and f['billboard']['psnr_views'][0] > 25 and f['white']['iou'] < 1e-6
+    assert torch.allclose(total-case.white(), other.white(), atol=1e-6) and 'mean object' not in floors(case, P, case.white(), 1)
+
+def test_sign_flip_is_exact_and_agrees_with_scipy():
+    from scipy.stats import permutation_test
+    rng = np.random.default_rng(0)
+    for n in (6, 11):
+        d = rng.normal(.4, 1, n)
+        want = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=np.inf).pvalue
+        assert sign_flip(d) == pytest.approx(want, abs=1e-9)
+    d = rng.normal(.3, 1, 29)
+    want = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=20000, rng=1).pvalue
+    assert sign_flip(d) == pytest.approx(want, abs=.015) and sign_flip(d) == sign_flip(d)
+    assert sign_flip([0.]*8) == 1 and sign_flip([0.]*20) == 1
+
+def test_holm_and_bootstrap():
+    assert holm([.01, .04, .03]) == pytest.approx([.03, .06, .06]) and holm([.5, .9]) == [1., 1.] and holm([]) == []
+    lo, hi = bootstrap(np.arange(29.)); se = np.std(np.arange(29.))/29**.5
+    assert bootstrap([3.]) == (3., 3.) and lo == pytest.approx(14-1.96*se, abs=.25) and hi == pytest.approx(14+1.96*se, abs=.25)
+
+def test_pairs_use_common_objects_only():
+    row = lambda n, v: dict(object=n, group='', aligned=dict(psnr=v))
+    m = dict(a=dict(objects=[row('x', 3.), row('y', 5.), row('z', 9.)]), b=dict(objects=[row('y', 4.), row('x', 1.)]))
+    r, = pairs(m, metrics=('psnr',))
+    assert (r['n'], r['difference']) == (2, 1.5)
+
+def test_several_inputs_count_as_one_object(tmp_path):
+    a = [replace_name(case_of(thing(s), n), n, az) for s, n in ((0, 'x'), (1, 'y')) for az in (30., 120.)]
+    res = evaluate([(c, '') for c in a], [Contestant('m', {}, lambda c: [Splats(thing(0))])], P)
+    rep = report(res, [(c, '') for c in a], P)
+    assert rep['methods']['m']['mean']['aligned']['all']['psnr']['n'] == 2 and len(rep['methods']['m']['objects']) == 4 and [o['key'] for o in rep['objects']] == ['x@30', 'x@120', 'y@30', 'y@120']
+
+def replace_name(c, name, az): c.name, c.azimuth = name, az; return c
+
+def test_groups_have_means_of_their_own(case):
+    cases = [(case, 'a'), (case_of(thing(1), 'q'), 'b')]
+    rep = report(evaluate(cases, [Contestant('m', {}, lambda c: [Splats(thing(0))])], P), cases, P)
+    assert set(rep['methods']['m']['mean']['aligned']) == {'all', 'a', 'b'} and set(rep['floors']['white']) == {'all', 'a', 'b'}
+    assert '| m | 2 |' in table(rep) and '*billboard*' in table(rep, group='a')
+
+# reports and the program
+
+@pytest.fixture
+def reports(case, tmp_path):
+    "Two reports of one set, the second without one object."
+    cases = [(case_of(thing(s), n), '') for s, n in enumerate(('one', 'two', 'three'))]
+    for label, miss, noise in (('A', None, 0.), ('B', 'two', .04)):
+        def answer(c, miss=miss, noise=noise):
+            if c.name == miss: return None
+            g = thing(('one', 'two', 'three').index(c.name)); g.mu += noise*torch.randn(g.mu.shape, generator=torch.Generator().manual_seed(1))
+            return [Splats(g)]
+        f = tmp_path/f'{label}.json'
+        rep = report(evaluate(cases, [Contestant(label, {}, answer)], P, pictures=f.with_suffix('.pictures')), cases, P, perceptual=[], seconds=0.)
+        f.write_text(json.dumps(rep))
+    return tmp_path
+
+def test_compare(reports, capsys):
+    main(['compare', str(reports/'A.json'), str(reports/'B.json'), '--out', str(reports/'out'), '--views', '3'])
+    out = capsys.readouterr()
+    assert {q.name for q in (reports/'out').iterdir()} == {'best.png', 'worst.png', 'differences.png', 'scatter.png', 'table.md', 'pairs.json'}
+    text = (reports/'out'/'table.md').read_text()
+    assert 'Only A has: two' in text and '| A - B | psnr | 2 |' in text and 'sign-flip' in text and 'only A has two' in out.err
+    assert json.loads((reports/'out'/'pairs.json').read_text())[0]['difference'] > 0
+
+@pytest.mark.parametrize('spoil, why', [(lambda r: r.update(protocol_hash='0', protocol=dict(r['protocol'], elevation=7.)), 'elevation differ'), (lambda r: r['objects'][0].update(sha='0'), 'look different'), (lambda r: r.pop('methods'), 'no report')])
+def test_incomparable_reports_are_refused(reports, spoil, why):
+    r = json.loads((reports/'B.json').read_text()); spoil(r); (reports/'B.json').write_text(json.dumps(r))
+    with pytest.raises(UserError, match=why): open_reports([reports/'A.json', reports/'B.json'])
+
+def run(capsys, *args):
+    try: main([*map(str, args)]); code = 0
+    except SystemExit as e: code = e.code
+    return code, [l for l in capsys.readouterr().err.splitlines() if l.startswith('dd3g:')]
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    (tmp_path/'empty').mkdir(); save_splats(thing(), tmp_path/'p'/'x.ply', 'dd3g')
+    for args, why in ((['--objects', tmp_path/'empty', '--plys', tmp_path/'p'], 'no objects'), (['--plys', tmp_path/'empty'], 'holds no .ply'), (['--renders', tmp_path/'p'], 'holds no NAME/000.png'), (['--plys', tmp_path/'p', '--method', 'a', 'b'], '2 labels for 1'),
+                      (['--plys', tmp_path/'p', tmp_path/'p'], 'label of two methods'), (['--plys', tmp_path/'p', '--method', 'white'], 'are taken'), (['--plys', tmp_path/'p', '--convention', 'maya'], 'there are auto'), (['compare'], 'no report named'), (['--checkpoint', 'gone.safetensors'], 'no such checkpoint')):
+        code, said = run(capsys, *args)
+        assert code == 2 and len(said) == 1 and why in said[0], (args, said)
+
+@pytest.mark.draws
+def test_program(tmp_path, capsys):
+    "From models to report, and the pictures that are handed out."
+    from dd3g.objects import procedural
+    for s, c in ((0, 'robot'), (7, 'mug')): procedural(s, c).save(tmp_path/'set'/'toys'/f'{c}.glb')
+    (tmp_path/'set'/'broken.glb').write_bytes(b'glTF')
+    small = ['--size', '32', '--input-size', '48', '--views', '4', '--align-step', '90']
+    code, said = run(capsys, 'inputs', '--objects', tmp_path/'set', '--out', tmp_path/'in', *small)
+    assert code == 0 and sorted(q.name for q in (tmp_path/'in').iterdir()) == ['mug.png', 'robot.png'] and Image.open(tmp_path/'in'/'mug.png').size == (48, 48) and 'broken.glb' in said[0]
+    for n in ('robot', 'mug'): save_splats(thing(), tmp_path/'p'/f'{n}.ply', 'lgm')
+    code, said = run(capsys, '--objects', tmp_path/'set', '--plys', tmp_path/'p', '--out', tmp_path/'r.json', '--lpips', 'random-squeeze', *small)
+    rep = json.loads((tmp_path/'r.json').read_text())
+    assert code == 0 and 'broken.glb' in said[0] and rep['perceptual'] == ['rLPIPS-squeeze'] and set(rep['methods']['p']['mean']['aligned']['all']) >= {'psnr', 'ssim', 'iou', 'sharpness', 'rLPIPS-squeeze'}
+    assert all(rep[k] for k in ('protocol_hash', 'objects_hash', 'statistics', 'alignment', 'device')) and len(rep['objects']) == 2 and (tmp_path/'r.pictures'/'p'/'mug.png').exists()
+
+def test_checkpoint_meets_a_steep_camera(tmp_path):
+    "A student trained at low elevations is placed so that it believes to be seen from where the true camera is."
+    from dd3g.config import SCALES
+    from dd3g.evaluate import of_checkpoint
+    from dd3g.generate import Generator
+    from dd3g.images import recentre
+    from dd3g.loop import save_weights
+    from dd3g.pepd import PEPD
+    torch.manual_seed(0); tiny = SCALES['tiny']
+    save_weights(PEPD(tiny), tmp_path/'t.safetensors', tiny, 'student', torch.bfloat16)
+    c = case_of(thing(), elevation=40.); c.ring = False
+    s, _ = of_checkpoint(tmp_path/'t.safetensors', samples=2).answer(c)
+    top = tiny.view.elevation[1]; rgba = recentre(c.rgba, tiny.view.size)
+    g = Generator.from_pretrained(tmp_path/'t.safetensors').batch([rgba]*2, [0, 1], [(0., top)]*2)[0]
+    a, b = draw(s, c.source, 32).rgb, draw(Splats(g), orbit(90., top), 32).rgb
+    assert (a-b).abs().max() < .02 and of_checkpoint(tmp_path/'t.safetensors').about['sha']

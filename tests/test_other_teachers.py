@@ -1,0 +1,134 @@
+"SV3D behind the common door: its ODE, its body against diffusers, its files; what any teacher refuses."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dd3g.cameras import four_views
+from dd3g.config import AutoencoderConfig, EncoderConfig
+from dd3g.core import UserError, fix_torchvision, seeded_randn
+from dd3g.ddim import integrate, rollout
+from dd3g.other_teachers import SV3D, OrbitConfig, OrbitSchedule, angles, open_teacher, orbit_rollout, orbit_unet, triangle, walk
+from dd3g.teacher import MultiViewTeacher, inspect
+
+TOY = OrbitConfig(size=16, n_views=5, channels=(32, 64), layers=1, heads=(2, 4), context_dim=32, told=(32, 64, 64), ae=AutoencoderConfig((32, 32), 1), encoder=EncoderConfig('clip', 28, 14, 32, 2, 2))
+SAID = dict(block_out_channels=[32, 64], layers_per_block=1, num_attention_heads=[2, 4], cross_attention_dim=32, projection_class_embeddings_input_dim=160, sample_size=8, num_frames=5)
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    torch.manual_seed(0)
+    return SV3D(TOY).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def inputs(teacher):
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), seeded_randn([1, 2], *teacher.noise_shape), teacher.cameras(torch.zeros(2), torch.tensor([0., 10.]))
+
+
+def write(teacher, path):
+    def part(name, tensors, **said):
+        (path/name).mkdir(parents=True)
+        if tensors: save_file({k: v.contiguous() for k, v in tensors.items()}, path/name/'model.safetensors')
+        (path/name/'config.json').write_text(json.dumps(said))
+    part('unet', teacher.unet.state_dict(), **SAID), part('vae', teacher.ae.state_dict()), part('image_encoder', teacher.encoder.state_dict(), num_attention_heads=2)
+    part('scheduler', None), part('feature_extractor', None)
+    return path
+
+
+def test_schedule_is_karras():
+    s = OrbitSchedule()
+    i = torch.arange(50, dtype=torch.float64)/49
+    want = (700**(1/7) + i*(.002**(1/7)-700**(1/7)))**7
+    torch.testing.assert_close(s.sigma[s.timesteps(50)].double(), want, rtol=1e-4, atol=0.)
+    assert s.levels(50)[-1] == 1 and len(s.levels(50)) == 51
+    with pytest.raises(UserError, match='must be 1 to'): s.timesteps(0)
+
+
+def test_a_point_is_found_exactly():
+    "Data are one point: the perfect F is known and the ODE ends there, whatever the noise."
+    s, star = OrbitSchedule(), torch.tensor([1., -2., .5])
+    def eps(z, t):
+        a = s.abar[t]
+        v = (a.sqrt()*z - star)/(1-a).sqrt() # v of x0 = star
+        return s.to_eps(v, z, torch.full((len(z),), t))
+    torch.testing.assert_close(integrate(eps, s, seeded_randn(range(4), 3), 50), star.expand(4, 3), rtol=1e-3, atol=1e-3)
+
+
+def test_body_is_diffusers(teacher):
+    even = replace(TOY, told=(32, 32, 32))
+    torch.manual_seed(1)
+    body = orbit_unet(even).eval().requires_grad_(False)
+    x, c, t, told = seeded_randn(range(2), 5, 8, 8, 8), seeded_randn(range(2), 1, 32), torch.tensor([1.3, -.4]), torch.rand(2, 3)
+    torch.testing.assert_close(walk(body, x, t, [n[:, None].expand(2, 5) for n in told.T], even.told, c), body(x, t, c, told).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_orbit(teacher):
+    cams = SV3D.cameras(teacher, 0., 10.)
+    polar, azimuth = angles(cams)
+    torch.testing.assert_close(azimuth.rad2deg(), torch.tensor([72., 144., 216., 288., 0.]), rtol=0, atol=.01)
+    torch.testing.assert_close(polar.rad2deg(), torch.full((5,), 80.), rtol=0, atol=.01)
+    torch.testing.assert_close(triangle(5, 2.5), torch.tensor([1., 1.75, 2.5, 1.75, 1.]))
+    assert teacher.cameras(torch.zeros(3), torch.zeros(3)).c2w.shape == (3, 5, 4, 4)
+
+
+def test_rollout(teacher, inputs):
+    image, noise, cams = inputs
+    z = rollout(teacher, teacher.schedule, image, cams, noise, guidance=2., steps=2)
+    assert z.shape == noise.shape and z.isfinite().all() and torch.equal(z, rollout(teacher, teacher.schedule, image, cams, noise, guidance=2., steps=2))
+    assert isinstance(teacher, MultiViewTeacher)
+    one = rollout(teacher, teacher.schedule, image, cams, noise, guidance=1., steps=2)
+    torch.testing.assert_close(orbit_rollout(teacher, image, noise, cams, guidance=1., steps=2), one, rtol=1e-3, atol=1e-3) # sigma = 700 magnifies rounding
+    other = rollout(teacher, teacher.schedule, 1-image, cams, noise, guidance=1., steps=2)
+    turned = rollout(teacher, teacher.schedule, image, teacher.cameras(torch.zeros(2), torch.tensor([30., 40.])), noise, guidance=1., steps=2)
+    assert not torch.allclose(other, one, atol=1e-4) and not torch.equal(turned, one)
+    assert teacher.decode(z[:, :1]).shape == (2, 1, 3, 16, 16) and teacher.encode(image[:, None]).shape == (2, 1, 4, 8, 8)
+
+
+def test_hidden_condition_is_zeros(teacher, inputs):
+    cond = teacher.encode_condition(inputs[0])
+    assert cond.tokens.any() and not any(x.any() for x in cond.null())
+    raw = teacher.ae.moments(inputs[0])[0]
+    torch.testing.assert_close(cond.latent, raw, rtol=1e-4, atol=1e-5) # unscaled, as in SVD
+
+
+def test_cameras_it_does_not_know(teacher, inputs):
+    image, noise, _ = inputs
+    with pytest.raises(UserError, match='4 cameras.*knows 5'): rollout(teacher, teacher.schedule, image, four_views(torch.zeros(2), torch.zeros(2)), noise, steps=2)
+
+
+def test_files(teacher, tmp_path, inputs):
+    path = write(teacher, tmp_path/'sv3d')
+    again = open_teacher(path)
+    assert type(again) is SV3D and again.fingerprint() == teacher.fingerprint() and again.cfg == TOY
+    assert inspect(path)['kind'] == 'sv3d'
+    conf = path/'unet'/'config.json'
+    conf.write_text(json.dumps({k: v for k, v in SAID.items() if k != 'num_attention_heads'}))
+    with pytest.raises(UserError, match='num_attention_heads'): open_teacher(path)
+    conf.write_text(json.dumps(SAID))
+    f = path/'unet'/'model.safetensors'
+    state = load_file(f)
+    save_file({k: v for k, v in state.items() if k != 'conv_out.bias'}, f)
+    with pytest.raises(UserError, match='unet.conv_out.bias: missing'): open_teacher(path)
+    save_file(dict(state, **{'conv_out.bias': torch.full((4,), float('inf'))}), f)
+    with pytest.raises(UserError, match='conv_out.bias has NaN or infinite'): open_teacher(path)
+
+
+def test_published_size():
+    with torch.device('meta'): big = SV3D()
+    assert big.unet.add_embedding.linear_1.weight.shape == (1280, 1280) and big.noise_shape == (21, 4, 72, 72) and big.n_views == 21
+
+
+@pytest.mark.cuda
+def test_cuda_agrees_with_cpu(teacher, inputs):
+    image, noise, cams = inputs
+    on = SV3D(TOY).to('cuda').eval().requires_grad_(False)
+    on.load_state_dict(teacher.state_dict())
+    t = torch.tensor([500, 20])
+    a, b = teacher.denoise(noise, t, teacher.encode_condition(image), cams), on.denoise(noise.to('cuda'), t.to('cuda'), on.encode_condition(image.to('cuda')), cams.to('cuda'))
+    teacher.schedule.to('cpu')
+    torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)
+    z = orbit_rollout(on, image.to('cuda'), noise.to('cuda'), steps=2)
+    assert z.device.type == 'cuda' and z.isfinite().all()

@@ -1,0 +1,156 @@
+"Test sets in the layouts they are published in, with their traps."
+import json, math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dd3g.cameras import orbit
+from dd3g.core import UserError
+from dd3g.testsets import LENS, Protocol, cases_of, chosen, find_objects, opencv_c2w, read_exr, read_model, texture_of, tone_map
+
+P = Protocol(size=32, input_size=48, views=4)
+OBJ = '\n'.join(['mtllib {m}', *(f'v {x} {y} {z}' for z in (0, 2) for y in (0, 1) for x in (0, 1)), 'vt 0.25 0.5', 'vt 0.75 0.5', 'usemtl material_0',
+                 'f 1/1 2/1 6/1', 'f 1/1 6/1 5/1', 'f 4/2 3/2 7/2', 'f 4/2 7/2 8/2', 'f 2/2 4/2 8/2', 'f 2/2 8/2 6/2', 'f 3/1 1/1 5/1', 'f 3/1 5/1 7/1', 'f 5/1 6/1 8/1', 'f 5/1 8/1 7/1', 'f 1/2 4/2 2/2', 'f 1/2 3/2 4/2', ''])
+
+def tower(folder, name='model.obj', texture='texture.png', mtl=True, picture=None):
+    "A box twice as high (z) as wide; texture: left half red, right half blue."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/name).write_text(OBJ.format(m='model.mtl') if mtl else OBJ.format(m='').replace('mtllib \n', '').replace('usemtl material_0\n', ''))
+    if mtl: (folder/'model.mtl').write_text(f'newmtl material_0\nKd 1 1 1\nmap_Kd {texture}\n')
+    if picture:
+        picture.parent.mkdir(parents=True, exist_ok=True); im = Image.new('RGB', (8, 8), (220, 20, 20)); im.paste((20, 20, 220), (4, 0, 8, 8)); im.save(picture)
+
+def box_of(alpha): ys, xs = np.nonzero(alpha > 128); return xs.max()-xs.min()+1, ys.max()-ys.min()+1
+
+@pytest.mark.draws
+@pytest.mark.parametrize('layout', ['published', 'flattened', 'ycb'])
+def test_textured_and_upright(tmp_path, layout):
+    root = tmp_path/'set'
+    if layout == 'published': tower(root/'Tower'/'meshes', picture=root/'Tower'/'materials'/'textures'/'texture.png')
+    if layout == 'flattened': tower(root/'Tower', mtl=False, picture=root/'Tower'/'texture.png')
+    if layout == 'ycb': tower(root/'003_tower'/'google_16k', 'textured.obj', 'texture_map.png', picture=root/'003_tower'/'google_16k'/'texture_map.png')
+    e, = find_objects(root)
+    assert e.layout == ('ycb' if layout == 'ycb' else 'gso') and e.name == ('003_tower' if layout == 'ycb' else 'Tower')
+    c, = cases_of(e, P)
+    w, h = box_of(c.truth[0, 3].numpy()); rgb = c.truth[0].numpy().astype(int); on = rgb[3] > 200
+    assert h > 1.3*w # it stands
+    assert (rgb[0][on]-rgb[1][on]).mean() > 30 or (rgb[2][on]-rgb[1][on]).mean() > 30 # it is painted, not grey
+
+def test_gso_folder_is_full_of_other_things(tmp_path):
+    root = tmp_path/'gso'
+    for n in ('A', 'B'):
+        tower(root/n/'meshes', picture=root/n/'materials'/'textures'/'texture.png'); (root/n/'thumbnails').mkdir(); Image.new('RGB', (4, 4)).save(root/n/'thumbnails'/'0.jpg')
+        (root/n/'model.config').write_text('<model/>'); (root/n/'metadata.pbtxt').write_text('')
+    assert [e.name for e in find_objects(root)] == ['A', 'B'] and texture_of(root/'A'/'meshes'/'model.obj').name == 'texture.png'
+    (root/'B'/'materials'/'textures'/'texture.png').unlink()
+    with pytest.raises(UserError, match='grey object'): read_model(find_objects(root)[1], P)
+
+def test_ycb_one_mesh_an_object(tmp_path):
+    for k in ('google_64k', 'google_16k', 'poisson', 'tsdf'): tower(tmp_path/'001_x'/k, 'textured.obj')
+    tower(tmp_path/'002_y', 'textured.obj'); tower(tmp_path/'002_y', 'textured_simple.obj')
+    assert [(e.name, e.path.parent.name, e.path.name) for e in find_objects(tmp_path)] == [('001_x', 'google_16k', 'textured.obj'), ('002_y', '002_y', 'textured.obj')]
+
+def cameras(): return orbit(torch.tensor([10., 100., 200., 300.]), torch.tensor([20., -5., 45., 0.]), torch.tensor([1.6, 1.9, 2.2, 1.5])[:, None], LENS)
+
+def picture(i, size=40):
+    out = np.zeros((size, size, 4), np.uint8); out[8:32, 10:20+3*i] = (200, 60*i, 30, 255)
+    return Image.fromarray(out)
+
+def zero123(folder, cams=None, sizes=None):
+    "Blender's script: world-to-camera of an OpenGL camera."
+    cams = cams or cameras(); folder.mkdir(parents=True, exist_ok=True)
+    for i, M in enumerate(cams.c2w.double().numpy()):
+        gl = M.copy(); gl[:3, 1:3] *= -1
+        picture(i).resize(((sizes or [40]*9)[i],)*2, Image.NEAREST).save(folder/f'{i:03d}.png')
+        np.save(folder/f'{i:03d}.npy', np.concatenate([gl[:3, :3].T, -gl[:3, :3].T@gl[:3, 3:]], 1))
+
+@pytest.mark.parametrize('below', ['', 'render_mvs_25/model'])
+def test_zero123_and_free3d(tmp_path, below):
+    zero123(tmp_path/'set'/'duck'/below)
+    e, = find_objects(tmp_path/'set'); c, = cases_of(e, P); want = cameras()
+    assert (e.name, e.layout, c.cams.n, c.ring) == ('duck', 'zero123', 3, False) and abs(c.cams.fov-49.13) < .01
+    assert torch.allclose(c.source.azimuth, torch.tensor([90.]), atol=1e-3) and torch.allclose(c.source.elevation, torch.tensor([20.]), atol=1e-3)
+    assert torch.allclose(c.cams.azimuth, (want.azimuth[1:]+80)%360, atol=1e-2) and torch.allclose(c.cams.elevation, want.elevation[1:], atol=1e-2)
+    assert torch.allclose(c.cams.positions.norm(dim=1), torch.tensor([1.9, 2.2, 1.5]), atol=1e-4)
+    assert torch.allclose((c.cams.w2c@torch.tensor([0, 0, 0, 1.]))[:, 2], torch.tensor([1.9, 2.2, 1.5]), atol=1e-4) # the origin lies ahead: no axis left flipped
+
+def test_view_without_pose_and_mixed_sizes(tmp_path):
+    zero123(tmp_path/'set'/'duck', sizes=[40, 24, 40, 64]); (tmp_path/'set'/'duck'/'001.npy').unlink()
+    c, = cases_of(find_objects(tmp_path/'set')[0], P)
+    assert c.cams.n == 2 and '1 views without pose (001), left out' in c.notes[0] and 'pictures of 40, 64 px' in c.notes[1] and c.truth.shape[-1] == 32
+
+@pytest.mark.parametrize('spoil, why', [(lambda d: np.save(d/'002.npy', np.eye(3)), '002.npy: holds'), (lambda d: (d/'002.npy').write_bytes(b'x'), '002.npy: cannot be read'),
+    (lambda d: np.save(d/'001.npy', -np.eye(4)[:3]), '001.npy: its left 3x3 part is no rotation'), (lambda d: [(d/f'{i:03d}.npy').unlink() for i in range(1, 4)], '1 views have both'),
+    (lambda d: picture(0).convert('RGB').save(d/'000.png'), 'no alpha channel'), (lambda d: Image.new('RGBA', (40, 30)).save(d/'001.png'), 'square ones are needed')])
+def test_bad_zero123(tmp_path, spoil, why):
+    zero123(tmp_path/'set'/'duck'); spoil(tmp_path/'set'/'duck')
+    with pytest.raises(UserError, match=why) as e: cases_of(find_objects(tmp_path/'set')[0], P)
+    assert '\n' not in str(e.value)
+
+def test_pickled_pose_is_not_opened(tmp_path):
+    zero123(tmp_path/'s'/'duck'); np.save(tmp_path/'s'/'duck'/'001.npy', np.array([{'a': 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match='001.npy: cannot be read'): cases_of(find_objects(tmp_path/'s')[0], P)
+
+def rtmv(folder, change=None, n=3):
+    OpenEXR = pytest.importorskip('OpenEXR'); folder.mkdir(parents=True, exist_ok=True)
+    mid, half, s = np.array([5., -2, 1]), .6/3**.5*4, 4.
+    for i, M in enumerate(cameras().c2w.double().numpy()[:n]):
+        gl = M.copy(); gl[:3, 1:3] *= -1; gl[:3, 3] = gl[:3, 3]*s+mid
+        m = dict(cam2world=gl.T.tolist(), width=40, height=40, intrinsics=dict(fx=50., fy=50., cx=20, cy=20), scene_center_3d_box=mid.tolist(), scene_min_3d_box=(mid-half).tolist(), scene_max_3d_box=(mid+half).tolist())
+        if change: change(i, m)
+        (folder/f'{i:05d}.json').write_text(json.dumps(dict(camera_data=m, objects=[])))
+        x = np.zeros((40, 40, 4), np.float16); x[10:30, 10:30] = (.216, 4., 0, 1)
+        OpenEXR.File(dict(compression=OpenEXR.ZIP_COMPRESSION, type=OpenEXR.scanlineimage), dict(RGBA=x)).write(str(folder/f'{i:05d}.exr'))
+
+def test_rtmv(tmp_path):
+    rtmv(tmp_path/'bricks'/'V7'); e, = find_objects(tmp_path); c, = cases_of(e, P); want = cameras()
+    assert (e.name, e.layout, e.group) == ('bricks/V7', 'rtmv', 'bricks') and abs(c.cams.fov-2*math.degrees(math.atan(.4))) < 1e-3
+    assert torch.allclose(c.cams.positions.norm(dim=1), want.positions[1:3].norm(dim=1), atol=1e-4) # recentred and scaled: the box of side 4 times ours
+    assert torch.allclose(c.cams.azimuth, (want.azimuth[1:3]+80)%360, atol=1e-2) and torch.allclose(c.cams.elevation, want.elevation[1:3], atol=1e-2)
+    assert torch.allclose(c.truth[0, :3, 16, 16].float()/255, torch.tensor([.5028, 1, 0]), atol=.01) # sRGB, clipped
+
+def test_rtmv_traps(tmp_path):
+    rtmv(tmp_path/'a'/'V', lambda i, m: m.update(cam2world=np.array(m['cam2world']).T.tolist()))
+    with pytest.raises(UserError, match='not stored by rows'): cases_of(find_objects(tmp_path/'a')[0], P)
+    rtmv(tmp_path/'b'/'V', lambda i, m: m.pop('scene_center_3d_box'))
+    with pytest.raises(UserError, match='00000.json: camera_data has no sound scene_center_3d_box'): cases_of(find_objects(tmp_path/'b')[0], P)
+    rtmv(tmp_path/'c'/'V'); (tmp_path/'c'/'V'/'00002.exr').unlink()
+    c, = cases_of(find_objects(tmp_path/'c')[0], P); assert c.cams.n == 1 and '1 poses without picture' in c.notes[0]
+    (tmp_path/'c'/'V'/'00001.exr').write_bytes(b'no'); 
+    with pytest.raises(UserError, match='00001.exr: cannot be read as EXR'): cases_of(find_objects(tmp_path/'c')[0], P)
+    (tmp_path/'c'/'V'/'00000.json').write_text('{')
+    with pytest.raises(UserError, match='00000.json: is no RTMV'): cases_of(find_objects(tmp_path/'c')[0], P)
+
+def test_exr_without_its_package_says_so(tmp_path, monkeypatch):
+    import cv2, importlib.util
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: None if n == 'OpenEXR' else find(n, *a)); monkeypatch.setattr(cv2, 'getBuildInformation', lambda: 'OpenEXR:   NO')
+    (tmp_path/'a.exr').write_bytes(b'')
+    with pytest.raises(UserError, match='pip install OpenEXR'): read_exr(tmp_path/'a.exr')
+
+def test_tone_map_order():
+    "White, clip, curve: half a pixel of light 1 over white stays white; a blown-out pixel is clipped before the curve."
+    x = tone_map(np.array([[[1, 1, 1, .5], [9, 0, 0, 1]]], np.float32)); rgb = x[:3]*x[3:]+1-x[3:]
+    assert torch.allclose(rgb[:, 0, 0], torch.ones(3)) and torch.allclose(rgb[:, 0, 1], torch.tensor([1., 0, 0]))
+
+def test_opencv_c2w(): # a camera at (0, 0, 5) that looks down, Blender's identity
+    M = opencv_c2w(np.concatenate([np.eye(3), [[0], [0], [-5.]]], 1))
+    assert torch.allclose(M[:3, 3], torch.tensor([0, 0, 5.])) and torch.allclose(M[:3, 2], torch.tensor([0, 0, -1.]))
+
+def test_chosen_views():
+    assert chosen(list(range(13)), Protocol(posed_views=24)) == list(range(13)) and len(chosen(list(range(150)), Protocol(posed_views=24))) == 25
+
+def test_layouts_refused(tmp_path):
+    with pytest.raises(UserError, match='no such folder'): find_objects(tmp_path/'gone')
+    with pytest.raises(UserError, match='no objects of any layout'): find_objects(tmp_path)
+    with pytest.raises(UserError, match='there are auto'): find_objects(tmp_path, 'shapenet')
+
+def test_plain_models_groups_and_names(tmp_path):
+    for q in ('a/x.glb', 'b/x.glb', 'b/y.obj'): (tmp_path/q).parent.mkdir(exist_ok=True); (tmp_path/q).write_bytes(b'')
+    assert [(e.name, e.group) for e in find_objects(tmp_path)] == [('a/x', 'a'), ('b/x', 'b'), ('y', 'b')]
+
+def test_protocol_hash():
+    assert Protocol().hash == Protocol().hash != Protocol(views=16).hash
