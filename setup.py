@@ -14,4 +14,4 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
     python_requires='>='+cfg['min_python'], packages=find_packages(include=['dd3g', 'dd3g.*']),
     package_data={'dd3g': ['weights/*', 'assets/*']}, include_package_data=False, zip_safe=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'cutout', 'study', 'exr', 'store')})
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'cutout', 'study', 'exr', 'store', 'wandb')})
