@@ -45,7 +45,7 @@ class Schedule:
         "abar along a rollout; the end is abar[0]."
         return self.abar.cpu()[torch.tensor(self.timesteps(n)+[0])]
 
-# %% ../nbs/21_ddim.ipynb #12742296
+# %% ../nbs/21_ddim.ipynb #1c81ea9e
 def add_noise(self:Schedule,
     x0:Tensor,  # clean latents: (B, ...)
     eps:Tensor, # noise, as `x0`
@@ -55,13 +55,13 @@ def add_noise(self:Schedule,
     a = self.at(t, x0)
     return a.sqrt()*x0 + (1-a).sqrt()*eps
 
-def v_target(self:Schedule, x0, eps, t): # what a v-predicting network should say
-    "v of known x0 and eps."
+def v_target(self:Schedule, x0, eps, t): # as `add_noise`
+    "v of known x0 and eps: what a v-predicting network should say."
     a = self.at(t, x0)
     return a.sqrt()*eps - (1-a).sqrt()*x0
 
-def target(self:Schedule, x0, eps, t): # eps or v, as the configuration asks
-    "What the network should say."
+def target(self:Schedule, x0, eps, t): # as `add_noise`
+    "What the network should say: eps or v, as the configuration asks."
     return eps if self.cfg.prediction == 'epsilon' else self.v_target(x0, eps, t)
 
 def to_eps(self:Schedule,
@@ -73,7 +73,7 @@ def to_eps(self:Schedule,
     a = self.at(t, z)
     return out if self.cfg.prediction == 'epsilon' else a.sqrt()*out + (1-a).sqrt()*z
 
-def to_x0(self:Schedule, out, z, t): # as to_eps
+def to_x0(self:Schedule, out, z, t): # as `to_eps`
     "Clean latents from a raw prediction."
     a = self.at(t, z)
     return (z - (1-a).sqrt()*out)/a.sqrt() if self.cfg.prediction == 'epsilon' else a.sqrt()*z - (1-a).sqrt()*out
@@ -114,7 +114,7 @@ def guided(
     "Classifier-free guidance."
     return uncond + s*(cond-uncond)
 
-# %% ../nbs/21_ddim.ipynb #bd3a8d2a
+# %% ../nbs/21_ddim.ipynb #e0477ed8
 @torch.no_grad()
 def rollout(
     teacher:Teacher,     # U_base
@@ -126,7 +126,7 @@ def rollout(
     steps:int=None,      # default the configuration's
     on_step=noop,        # called with (i, t, z after the step, guessed noise)
 )->Tensor:               # latents of OI: (B, V, 4, h, w), float32
-    "Integrate the teacher's ODE: (N, C, II) -> latents of OI (Sec. III-A). Equal inputs give equal outputs."
+    "Integrate the teacher's ODE (Sec. III-A): (N, C, II) -> latents of OI (Sec. III-B). Equal inputs give equal outputs."
     g, n = guidance if guidance is not None else schedule.cfg.guidance, steps or schedule.cfg.sample_steps
     cond, B = teacher.encode_condition(image), len(image)
     if g != 1: cond, cams = cond.both(), Cameras(torch.cat([cams.c2w]*2), cams.fov)

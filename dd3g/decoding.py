@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['tap_plan', 'fibonacci', 'first_anchors', 'spread', 'mlp_head', 'logit', 'ProgressiveDecoding']
 
-# %% ../nbs/32_decoding.ipynb #e6c5cc52
+# %% ../nbs/32_decoding.ipynb #6a3bcb40
 import math
 import torch
 from torch import nn, Tensor
 
 from .config import StudentConfig
+from .core import UserError
 from .gaussians import Gaussians
 from .layers import PointBlock, neighbours
 
-# %% ../nbs/32_decoding.ipynb #bb76b416
+# %% ../nbs/32_decoding.ipynb #76ed779c
 def tap_plan(
     cfg:StudentConfig, # the student
 )->dict:               # attribute group -> [(block, weight), ...]
-    "Which blocks feed which head, with what weight (Sec. IV-A). Raises ValueError for too few blocks."
+    "Which blocks feed which head, with what weight (Sec. IV-A). Raises UserError for too few blocks."
     n = cfg.pd_blocks
     if cfg.heads == 'last': return {g:[(n-1, 1.)] for g in ('mu', 'shape', 'color')}
-    if n < 5: raise ValueError(f'student.pd_blocks={n}: three taps need at least 5 blocks')
+    if n < 5: raise UserError(f'student.pd_blocks={n}: three taps need at least 5 blocks; give --student.pd-blocks 5 or more, or --student.heads last')
     around = lambda mid, w: [(mid-1+i, x) for i,x in enumerate(w)]
     return dict(mu=around(max(1, n//4), cfg.taps_mu), shape=around(n-3, cfg.taps_mu), color=[(n-2+i, x) for i,x in enumerate(cfg.taps_color)])
 

@@ -92,9 +92,9 @@ def neighbours(
     idx = knn(pos, k)
     return Near(idx, pos[:,:,None].float()-gather(pos.float(), idx))
 
-# %% ../nbs/30_layers.ipynb #6eb873eb
+# %% ../nbs/30_layers.ipynb #93b6c36e
 class VectorAttention(nn.Module):
-    "PointTransformer's attention among the k nearest points (Zhao et al. 2021, Eq. 3), pre-norm."
+    "PointTransformer's attention among the k nearest points (Zhao et al. 2021, Eq. 3, with logits divided by sqrt(d)), pre-norm."
     def __init__(self,
         dim:int, # width of a token
         k:int,   # neighbours

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, clip_config, vae_config
 from .teacher import MAKERS, MEAN_STD, Autoencoder, Condition, Teacher, timestep_embedding, with_prefix
 from .ddim import Schedule, guided, integrate
 
-# %% ../nbs/24_other_teachers.ipynb #ca31803d
+# %% ../nbs/24_other_teachers.ipynb #da1c2263
 @dataclass(frozen=True)
 class OrbitConfig:
     "SV3D (its published configuration, sv3d_p)."
@@ -40,7 +40,7 @@ class OrbitConfig:
     guidance:float=2.5         # at the back of the object; 1 at the input view
     radius:float=1.5           # of `cameras`, world units; the network is not told
     fov:float=49.1             # of `cameras`, degrees; the network is not told
-    ae:AutoencoderConfig=AutoencoderConfig() # plain KL, frame by frame
+    ae:AutoencoderConfig=AutoencoderConfig() # plain KL, decodes frame by frame
     encoder:EncoderConfig=EncoderConfig('clip', 224, 14, 1280, 32, 16) # CLIP ViT-H/14, projected to context_dim
 
 # %% ../nbs/24_other_teachers.ipynb #5c6726f7

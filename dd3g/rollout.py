@@ -55,7 +55,7 @@ def decoded(
         try: return to_bytes(picture(f.name, size))
         except UserError as e: raise UserError(str(e).replace(f.name, str(name))) from None
 
-# %% ../nbs/22_rollout.ipynb #8c46aac0
+# %% ../nbs/22_rollout.ipynb #a1a6e534
 class FolderPictures:
     "Any pictures in a folder, cut out and centred."
     def __init__(
@@ -71,11 +71,11 @@ class FolderPictures:
     def found(self): # [(name, bytes, where)]
         return [(str(p.relative_to(self.path)), size_of(p), p) for p in sorted(self.path.rglob('*')) if p.suffix.lower() in SUFFIXES]
     def __len__(self): return len(self.files)
-    def load(self, name, size, path): # -> uint8 (4, S, S), checksum
+    def load(self, name, size, path): # an entry of `found` -> uint8 (4, S, S), checksum
         if isinstance(path, Path): return to_bytes(picture(path, self.size)), sha(path)
         data = path.read_bytes()
         return decoded(data, path, self.size), sha(data)
-    def get(self, i, k, seed): # -> uint8 (4, S, S), {name, sha}, None
+    def get(self, i, k, seed): # picture i, used for the k-th time, in the run of this seed -> uint8 (4, S, S), {name, sha}, None
         if i in self.kept: return self.kept[i]
         rgba, code = self.load(*self.files[i])
         got = rgba, dict(name=self.files[i][0], sha=code), None
@@ -168,14 +168,14 @@ def pictures_from(
     if not tars: return FolderPictures(path, view.size)
     return RingPictures(path, view.size) if any(t.name.startswith('rings-') for t in tars) and place(path).is_dir() else ShardPictures(tars, view.size)
 
-# %% ../nbs/22_rollout.ipynb #877fb8c7
+# %% ../nbs/22_rollout.ipynb #27863690
 def plan(
     i:int,           # sample number
     source,          # pictures
     view:ViewConfig, # ranges of C
     seed:int=0,      # of the run
 )->tuple:            # the sample's record, and its picture: uint8 (4, S, S)
-    "N's seed, C, background and picture of sample i (Sec. III-A)."
+    "N's seed, C, background and picture of sample i."
     k, n = divmod(i, len(source))
     rgba, who, elevation = source.get(n, k, seed)
     offset, e = draw_cameras([seed_of('cameras', seed, who['sha'], k)], view)
@@ -438,7 +438,7 @@ def is_finished(
     if why := fault(tar, check): say(f'{tar}: {why}; making it again'); return False # one that lost its tar or its index included
     return read_index(tar).get('ids') == [ids.start, ids.stop]
 
-# %% ../nbs/22_rollout.ipynb #e299df33
+# %% ../nbs/22_rollout.ipynb #01f3a5cf
 def write_quadruples(
     roller:Roller,
     source,            # pictures
@@ -451,7 +451,7 @@ def write_quadruples(
     quiet=False,       # no progress bar
     check=True,        # read finished shards to the end; False: trust their length
 )->dict:               # shards: numbers of those made now; made, kept: samples
-    "Make the missing shards of a run (Sec. III-A)."
+    "Make the missing shards of a run: the offline collection of Sec. III-B."
     out, B = place(out), roller.cfg.rollout_batch
     shard = -(-shard//B)*B
     claim(out, dict(roller.settings, store=store, shard=shard, pictures=source.digest))
@@ -760,7 +760,7 @@ def load_roller(
     low = a.cfg.fit_teacher.precision if ours else 'bf16' if torch.device(device).type == 'cuda' else 'fp32'
     return Roller(teacher, a.cfg, a.seed, a.precision or low, a.compile, a.attention)
 
-# %% ../nbs/22_rollout.ipynb #9451237b
+# %% ../nbs/22_rollout.ipynb #e202b0b3
 def main(
     args=None, # list of str, default sys.argv[1:]
 ):
@@ -796,7 +796,12 @@ def show(
     write_whole(to, buf.getvalue())
     print(f'a few at random: {to}'+('' if decode or 'oi.npy' in data.table[0][1] else ' (latents in false colour; give --teacher to decode them)'))
 
-def report(data, roller, n, source):
+def report(
+    data:Quadruples,
+    roller:Roller, # made with the teacher and the settings in question
+    n:int,         # records to try
+    source,        # the pictures, or None: see `verify`
+):
     "Print what `verify` found. Raises UserError if anything differs."
     if diff := differences({k: data.settings.get(k) for k in roller.settings}, roller.settings, skip=('compile', 'attention')):
         raise UserError(f'{data.path}: made with other settings: '+', '.join(f'{k} is {x} there, {y} here' for k, (x, y) in diff.items())+'; give the same')

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from .core import UserError, whole_file
 
-# %% ../nbs/18_store.ipynb #7e9ac7e3
+# %% ../nbs/18_store.ipynb #caad1c75
 class Unreachable(UserError):
     "The store does not answer, or does not let us in: nothing is known about the file."
 
@@ -25,9 +25,14 @@ def asking(
     except (FileNotFoundError, UserError): raise
     except Exception as e: raise Unreachable(f'{url}: the store answers {type(e).__name__}: {str(e)[:200]}; check address, credentials and network. Finished files are kept') from None
 
+# %% ../nbs/18_store.ipynb #23cd5eee
 class Remote:
     "A file or folder in an object store. Has those methods of `Path` that shards need."
-    def __init__(self, fs, path): self.fs, self.path = fs, PurePosixPath(path)
+    def __init__(self,
+        fs,   # fsspec's file system
+        path, # in it: bucket/folder/file
+    ):
+        self.fs, self.path = fs, PurePosixPath(path)
     def __str__(self): return self.fs.unstrip_protocol(str(self.path))
     def __repr__(self): return f'Remote({str(self)!r})'
     def __fspath__(self): raise UserError(f'{self}: is in an object store; a folder on a disk is needed here')

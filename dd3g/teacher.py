@@ -66,15 +66,23 @@ def zero(
     for p in m.parameters(): nn.init.zeros_(p)
     return m
 
-# %% ../nbs/20_teacher.ipynb #6cd8e473
+# %% ../nbs/20_teacher.ipynb #73046797
 class Downsample(nn.Module):
     "Halve the side by a strided convolution."
-    def __init__(self, ch): super().__init__(); self.op = nn.Conv2d(ch, ch, 3, stride=2, padding=1)
+    def __init__(self,
+        ch:int, # channels, in and out
+    ):
+        super().__init__()
+        self.op = nn.Conv2d(ch, ch, 3, stride=2, padding=1)
     def forward(self, x, *_): return self.op(x)
 
 class Upsample(nn.Module):
     "Double the side: nearest neighbour, then a convolution."
-    def __init__(self, ch): super().__init__(); self.conv = nn.Conv2d(ch, ch, 3, padding=1)
+    def __init__(self,
+        ch:int, # channels, in and out
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(ch, ch, 3, padding=1)
     def forward(self, x, *_): return self.conv(F.interpolate(x, scale_factor=2, mode='nearest'))
 
 # %% ../nbs/20_teacher.ipynb #0ad71fac
@@ -112,22 +120,36 @@ class Attention(nn.Module):
         if self.ip: out = out + attend(q, *kv[2:], self.head_dim)
         return self.to_out(out)
 
-# %% ../nbs/20_teacher.ipynb #8b0f5c3d
+# %% ../nbs/20_teacher.ipynb #1d0646c0
 class GEGLU(nn.Module):
     "Half of a projection gates the other half: x * gelu(gate)."
-    def __init__(self, dim, out): super().__init__(); self.proj = nn.Linear(dim, 2*out)
+    def __init__(self,
+        dim:int, # width in
+        out:int, # width out
+    ):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2*out)
     def forward(self, x):
         x, gate = self.proj(x).chunk(2, -1)
         return x*F.gelu(gate)
 
 class FeedForward(nn.Module):
     "GEGLU, four times as wide inside."
-    def __init__(self, dim): super().__init__(); self.net = nn.Sequential(GEGLU(dim, 4*dim), nn.Identity(), nn.Linear(4*dim, dim))
+    def __init__(self,
+        dim:int, # width in and out
+    ):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4*dim), nn.Identity(), nn.Linear(4*dim, dim))
     def forward(self, x): return self.net(x)
 
 class TransformerBlock3D(nn.Module):
     "Self-attention over all frames, cross-attention to the context, feed-forward; each after a LayerNorm and with a skip."
-    def __init__(self, dim, context, head_dim, ip):
+    def __init__(self,
+        dim:int,      # width of a token
+        context:int,  # width of the context
+        head_dim:int, # width of a head
+        ip:int,       # see `Attention`
+    ):
         super().__init__()
         self.attn1, self.attn2 = Attention(dim, None, head_dim), Attention(dim, context, head_dim, ip)
         self.ff = FeedForward(dim)
@@ -163,15 +185,19 @@ class SpatialTransformer3D(nn.Module):
         return (x.unflatten(0, (-1, frames))[:, :keep] + y).flatten(0, 1) # (B*N, C, h, w)
     def keys(self, context): return [blk.attn2.keys(context) for blk in self.transformer_blocks] # `Attention.keys` of each block
 
-# %% ../nbs/20_teacher.ipynb #db00694b
+# %% ../nbs/20_teacher.ipynb #4f70e897
 class PerceiverAttention(nn.Module):
     "Queries read the picture's tokens and each other."
-    def __init__(self, dim, head_dim, heads):
+    def __init__(self,
+        dim:int,      # width of a token
+        head_dim:int, # width of a head
+        heads:int,    # attention heads
+    ):
         super().__init__()
         self.head_dim, inner = head_dim, head_dim*heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.to_q, self.to_kv, self.to_out = nn.Linear(dim, inner, bias=False), nn.Linear(dim, 2*inner, bias=False), nn.Linear(inner, dim, bias=False)
-    def forward(self, x, q):
+    def forward(self, x, q): # the picture's tokens (B, n, dim), queries (B, m, dim) -> (B, m, dim)
         x, q = self.norm1(x), self.norm2(q)
         k, v = self.to_kv(torch.cat([x, q], 1)).chunk(2, -1)
         return self.to_out(attend(self.to_q(q), k, v, self.head_dim))
@@ -314,7 +340,7 @@ def shake(
             if not p.any(): p.copy_(torch.randn(p.shape, generator=g)*std/max(1, p[0].numel())**.5)
     return module.eval()
 
-# %% ../nbs/20_teacher.ipynb #9b629de8
+# %% ../nbs/20_teacher.ipynb #48193f09
 def kl_autoencoder(
     cfg:AutoencoderConfig, # its size
 ): # diffusers.AutoencoderKL
@@ -335,7 +361,10 @@ def each(
 
 class LatentEncoder(nn.Module):
     "The encoder of an autoencoder: pictures 0..1 to scaled latents."
-    def __init__(self, cfg:AutoencoderConfig=AutoencoderConfig(), kl=None):
+    def __init__(self,
+        cfg:AutoencoderConfig=AutoencoderConfig(), # its size
+        kl=None, # diffusers' autoencoder to take it from; None: a new one
+    ):
         super().__init__()
         kl = kl or kl_autoencoder(cfg)
         self.cfg, self.encoder, self.quant_conv = cfg, kl.encoder, kl.quant_conv
@@ -344,10 +373,12 @@ class LatentEncoder(nn.Module):
     def forward(self, x): # (..., 3, S, S) in 0..1 -> mode, scaled: (..., 4, h, w)
         return each(lambda x: self.moments(x)[0], x)*self.cfg.scaling
 
-# %% ../nbs/20_teacher.ipynb #92591965
+# %% ../nbs/20_teacher.ipynb #b0c1d227
 class Autoencoder(LatentEncoder):
     "KL autoencoder; tensors are named as in the published checkpoint."
-    def __init__(self, cfg:AutoencoderConfig=AutoencoderConfig()):
+    def __init__(self,
+        cfg:AutoencoderConfig=AutoencoderConfig(), # its size
+    ):
         kl = kl_autoencoder(cfg)
         super().__init__(cfg, kl)
         self.decoder, self.post_quant_conv = kl.decoder, kl.post_quant_conv
@@ -369,10 +400,13 @@ class Autoencoder(LatentEncoder):
         e.load_state_dict({k: v for k, v in self.state_dict().items() if k.startswith(('encoder.', 'quant_conv.'))})
         return e.requires_grad_(False).eval()
 
-# %% ../nbs/20_teacher.ipynb #724dd4c2
+# %% ../nbs/20_teacher.ipynb #63bfeb34
 class ViTBlock(nn.Module):
     "Pre-norm transformer block."
-    def __init__(self, dim, heads):
+    def __init__(self,
+        dim:int,   # width of a token
+        heads:int, # attention heads
+    ):
         super().__init__()
         self.head_dim = dim//heads
         self.norm1, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
@@ -383,7 +417,9 @@ class ViTBlock(nn.Module):
 
 class ViT(nn.Module):
     "A small vision transformer."
-    def __init__(self, cfg:EncoderConfig):
+    def __init__(self,
+        cfg:EncoderConfig, # its size
+    ):
         super().__init__()
         self.patch = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch)
         self.cls = nn.Parameter(torch.randn(1, 1, cfg.width)*.02)
@@ -507,11 +543,13 @@ class Condition(NamedTuple):
     def take(self, i): # some of the batch, by a slice or indices
         return Condition(*(a[i] for a in self))
 
-# %% ../nbs/20_teacher.ipynb #a1f548a4
+# %% ../nbs/20_teacher.ipynb #43036b4c
 class Teacher(nn.Module):
     "Multi-view diffusion model U_base with its autoencoder and image encoder."
     kind = 'teacher' # of its weight files
-    def __init__(self, cfg:Config):
+    def __init__(self,
+        cfg:Config, # its `teacher`, `ae`, `view` and `diffusion` count
+    ):
         super().__init__()
         self.cfg, self.n_views, self.words = cfg, cfg.view.n_views, None # words: see `Words`
         self.unet, self.ae = MultiViewUNet(cfg.teacher, cfg.ae.latent_channels), Autoencoder(cfg.ae)
