@@ -739,17 +739,17 @@ def write_line(
     if log: log.write(**row)
     return streak
 
-# %% ../nbs/16_loop.ipynb #5096dca2
+# %% ../nbs/16_loop.ipynb #ae282ea1
 def train(
     run:Run,
     data:Data,
-    on_grid=None, # as for `fit`
-    prefetch:int=0,
-    patience:int=10,
-    limit:int=100,
-    quiet=False,
-    name='student', # shown by the bar
-    wandb='',
+    on_grid=None,    # as for `fit`
+    prefetch:int=0,  # batches fetched ahead by a thread
+    patience:int=10, # skipped steps in a row that end the run
+    limit:int=100,   # skipped steps in all that end the run
+    quiet=False,     # no progress bar
+    name='student',  # shown by the bar
+    wandb='',        # project on Weights & Biases; '': none
 ):
     "The loop itself."
     cfg, meter, flags = run.cfg, Meter(), torch.zeros(run.cfg.log_every, device=run.device)
