@@ -8,8 +8,8 @@ __all__ = ['TRIM', 'SEARCH', 'FLOORS', 'SEED', 'METRICS', 'Flat', 'COMMANDS', 'c
            'turn_of', 'judge', 'floors', 'bootstrap', 'sign_flip', 'holm', 'Contestant', 'of_checkpoint', 'flat_name',
            'by_object', 'of_plys', 'read_pictures', 'of_renders', 'best_nets', 'by_name', 'summary', 'save_strip',
            'read_cases', 'evaluate', 'groups_of', 'pairs', 'report', 'table', 'Run', 'open_reports', 'side_by_side',
-           'grid', 'scatter', 'extremes', 'EvaluateArgs', 'contestants_of', 'run', 'say', 'keep', 'InputArgs',
-           'write_inputs', 'CompareArgs', 'ranked', 'compare', 'DemoArgs', 'sheet_of', 'demo', 'main']
+           'grid', 'scatter', 'extremes', 'EvaluateArgs', 'contestants_of', 'check_asked', 'run', 'say', 'keep',
+           'InputArgs', 'write_inputs', 'CompareArgs', 'ranked', 'compare', 'DemoArgs', 'sheet_of', 'demo', 'main']
 
 # %% ../nbs/52_evaluate.ipynb #ea6a6c36
 import dataclasses, json, math, re, shlex, sys, time, typing
@@ -717,19 +717,39 @@ def contestants_of(a:EvaluateArgs)->list: # of Contestant
     if set(FLOORS) & {c.label for c in out} or {'truth', 'input'} & {c.label for c in out}: raise UserError(f'{", ".join((*FLOORS, "truth", "input"))} are taken; choose other labels with --method')
     return out
 
-# %% ../nbs/52_evaluate.ipynb #4d3256a6
+# %% ../nbs/52_evaluate.ipynb #ff5867b8
+def check_asked(
+    a:EvaluateArgs,
+):
+    "Refuse before anything is drawn what cannot be judged or written. Raises UserError."
+    p = a.protocol
+    least = dict(size=16, input_size=16, views=1, inputs=1, supersample=1, posed_views=1, lpips_every=1)
+    for k, v in dict(samples=1, limit=0).items():
+        if getattr(a, k) < v: raise UserError(f'--{k} {getattr(a, k)}: at least {v}')
+    for k, v in least.items():
+        if getattr(p, k) < v: raise UserError(f'--{k.replace("_", "-")} {getattr(p, k)}: at least {v}')
+    ranges = dict(elevation=(-89, 89), azimuth=(-360, 360), radius=(.1, 100), fov=(1, 170), object_radius=(.01, 100), align_step=(1, 360), background=(0, 1))
+    for k, (lo, hi) in ranges.items():
+        if not lo <= getattr(p, k) <= hi: raise UserError(f'--{k.replace("_", "-")} {getattr(p, k):g}: from {lo:g} to {hi:g}')
+    if not p.object_radius < p.radius: raise UserError(f'--radius {p.radius:g}: the cameras must stand outside the object, whose radius is {p.object_radius:g}')
+    if a.out.is_dir(): raise UserError(f'{a.out}: is a folder; name a file, such as {a.out/"evaluate.json"}')
+    with whole_file(a.out.with_name(f'.{a.out.name}.writable')): pass
+    a.out.with_name(f'.{a.out.name}.writable').unlink()
+
+# %% ../nbs/52_evaluate.ipynb #601784a1
 def run(
     a:EvaluateArgs,
     quiet:bool=False, # print nothing
 )->dict: # the report
     "Judge, write FILE.json, print the table."
-    if a.samples < 1: raise UserError(f'--samples {a.samples}: at least 1')
-    if a.protocol.size < 16 or a.protocol.views < 1 or a.protocol.inputs < 1: raise UserError(f'--size {a.protocol.size} --views {a.protocol.views} --inputs {a.protocol.inputs}: at least 16, 1 and 1')
+    check_asked(a)
     start, who = time.time(), contestants_of(a)
     cases, bad = read_cases(a.objects, a.layout, a.protocol, a.limit)
     nets = best_nets(a.lpips)
     result = evaluate(cases, who, a.protocol, nets, of_renders(a.teacher, 'teacher', True) if a.teacher else None, a.out.with_suffix('.pictures') if a.pictures else None)
     rep = report(result, cases, a.protocol, bad, set=a.objects.name, perceptual=[n.name for n in nets], seconds=round(time.time()-start, 1))
+    if not any(m['objects'] for m in rep['methods'].values()):
+        say(rep); raise UserError(f'{a.out}: not written, since no method has an object that could be judged; the lines above say why')
     with whole_file(a.out) as tmp: tmp.write_text(json.dumps(rep, indent=1))
     if not quiet: say(rep)
     if a.record: keep(rep)
@@ -793,7 +813,7 @@ class CompareArgs:
     count:int=10                 # objects at each end
     views:int=6                  # columns of the grids
 
-# %% ../nbs/52_evaluate.ipynb #87b2af6c
+# %% ../nbs/52_evaluate.ipynb #902b68fd
 def ranked(
     A:Run, B:Run, # two methods, or one and None
     a:CompareArgs,
@@ -816,7 +836,11 @@ def compare(a:CompareArgs):
     if len(set(labels)) < len(labels): runs = [replace(r, rep=dict(r.rep, methods={r.label: r.rep['methods'][r.label]})) for r in runs]
     tag = lambda i, r: r.label if labels.count(r.label) == 1 else f'{r.label} ({r.folder.stem})'
     if unknown := [m for m in a.methods if m not in labels]: raise UserError(f'--methods {unknown[0]}: there are {", ".join(labels)}')
+    if not runs: raise UserError(f'{a.reports[0]}: no method in it has a score; nothing to compare')
+    if a.count < 1 or a.views < 1: raise UserError(f'--count {a.count} --views {a.views}: at least 1 each')
     two = [next(r for r in runs if r.label == m) for m in a.methods] or runs[:2]
+    for r in two[:2]:
+        if absent := [n for n, o in r.objects.items() if a.metric not in o]: raise UserError(f'--metric {a.metric}: {r.label} has none for {absent[0]}; there are {", ".join(r.objects[absent[0]])}')
     A, B = two[0], two[1] if len(two) > 1 else None
     merged = dict(runs[0].rep, methods={tag(i, r): r.rep['methods'][r.label] for i, r in enumerate(runs)})
     merged['pairs'] = [x for mode in ('unaligned', 'aligned') for x in pairs(merged['methods'], mode)]

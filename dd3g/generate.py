@@ -268,7 +268,7 @@ def make_one(
         stem = a.out/(name if a.samples == 1 else f'{name}-seed{s}')
         write_all(gen(x, s, a.cameras), recentre(pic, a.size), stem, a.cameras[1], a.size, a.frames, view.fov, view.radius)
 
-# %% ../nbs/50_generate.ipynb #39ff5ad4
+# %% ../nbs/50_generate.ipynb #c9e83bad
 def check_args(
     a:GenerateArgs,
 ):
@@ -277,6 +277,8 @@ def check_args(
     if a.samples < 1: raise UserError(f'--samples {a.samples}: at least 1')
     if a.frames < 1: raise UserError(f'--frames {a.frames}: at least 1')
     if not 16 <= a.size <= 2048 or a.size % 2: raise UserError(f'--size {a.size}: an even number from 16 to 2048')
+    if not 0 <= a.seed < 2**63-a.samples: raise UserError(f'--seed {a.seed}: a whole number from 0 to 2^63')
+    if not abs(a.cameras[0]) <= 360: raise UserError(f'--cameras: azimuth offset {a.cameras[0]} must lie between -360 and 360 degrees')
     if not abs(a.cameras[1]) < 90: raise UserError(f'--cameras: elevation {a.cameras[1]} must lie between -90 and 90 degrees')
     try:
         a.out.mkdir(parents=True, exist_ok=True)

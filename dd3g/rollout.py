@@ -760,7 +760,7 @@ def load_roller(
     low = a.cfg.fit_teacher.precision if ours else 'bf16' if torch.device(device).type == 'cuda' else 'fp32'
     return Roller(teacher, a.cfg, a.seed, a.precision or low, a.compile, a.attention)
 
-# %% ../nbs/22_rollout.ipynb #e202b0b3
+# %% ../nbs/22_rollout.ipynb #fe5e4083
 def main(
     args=None, # list of str, default sys.argv[1:]
 ):
@@ -770,6 +770,7 @@ def main(
         if a.verify and a.verb == 'make': a = replace(a, verb='verify')
         for name in dict(make=('teacher', 'pictures', 'out'), verify=('teacher', 'out'), stats=('out',))[a.verb]:
             if not getattr(a, name): raise UserError(f'--{name} is missing; see python -m dd3g.rollout --help')
+        if a.shard < 1 or min(a.count, a.verify) < 0: raise UserError(f'--shard {a.shard} must be at least 1, --count {a.count} and --verify {a.verify} at least 0')
         env = lambda k, d: int(os.environ.get(k, d))
         dev = torch.device('cuda', env('LOCAL_RANK', 0)) if best_device().type == 'cuda' else best_device()
         if dev.type == 'cuda': torch.cuda.set_device(dev)

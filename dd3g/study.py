@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FILMS', 'RATER', 'MAX_BODY', 'MAX_RATERS', 'MAX_REVISIONS', 'COLUMNS', 'COMMANDS', 'find_turntables', 'film_frames',
            'animation_frames', 'square', 'frames_of', 'contact', 'method_folders', 'common_objects', 'BuildArgs',
-           'check_build', 'data_uri', 'input_picture', 'make_sets', 'build', 'page_data', 'Store', 'checked', 'Handler',
-           'StudyServer', 'read_key', 'StudyWidget', 'read_rows', 'read_store', 'to_score', 'Ratings', 'read_ratings',
-           'Spread', 'simulate', 'mean_intervals', 'signed_rank', 'pairs', 'mixed', 'krippendorff', 'suspects',
-           'figure5', 'analyse', 'difference_error', 'power', 'ServeArgs', 'AnalyseArgs', 'PowerArgs', 'run_build',
-           'run_serve', 'run_power', 'find_ratings', 'read_clip', 'say', 'run_analyse', 'main']
+           'check_build', 'data_uri', 'input_picture', 'make_sets', 'check_free', 'build', 'page_data', 'Store',
+           'checked', 'Handler', 'StudyServer', 'read_key', 'StudyWidget', 'read_rows', 'read_store', 'to_score',
+           'Ratings', 'read_ratings', 'Spread', 'simulate', 'mean_intervals', 'signed_rank', 'pairs', 'mixed',
+           'krippendorff', 'suspects', 'figure5', 'analyse', 'difference_error', 'power', 'ServeArgs', 'AnalyseArgs',
+           'PowerArgs', 'run_build', 'run_serve', 'run_power', 'find_ratings', 'read_clip', 'say', 'run_analyse',
+           'main']
 
 # %% ../nbs/54_study.ipynb #7ad4f78c
 import base64, csv, html, io, json, re, sqlite3, sys, threading, time, warnings
@@ -168,7 +169,7 @@ def input_picture(
     buf = io.BytesIO(); square(reference(path), size).save(buf, 'WEBP', quality=90)
     return data_uri(buf.getvalue())
 
-# %% ../nbs/54_study.ipynb #433d0b7c
+# %% ../nbs/54_study.ipynb #ec1b4b6b
 def make_sets(
     a:BuildArgs,
     found:dict,   # method -> (object -> path)
@@ -191,6 +192,16 @@ def make_sets(
         print(f'dd3g: turntables differ ({said}); all are shown as {a.frames} frames of {a.size}x{a.size}, so what was smaller may look blurred', file=sys.stderr)
     return sorted(sets, key=lambda s: s['id']), items, cols
 
+def check_free(
+    out:Path,  # folder for a study
+    study:str, # its id
+):
+    "A key is never overwritten by another study's: without it, ratings mean nothing. Raises UserError."
+    if not (out/'key.json').exists(): return
+    try: there = json.loads((out/'key.json').read_text(encoding='utf-8'))['study']
+    except (OSError, ValueError, KeyError, TypeError): there = 'a file that cannot be read'
+    if there != study: raise UserError(f'{out/"key.json"}: is the key of another study ({there}), and its ratings need it; choose another folder with --out, or delete it')
+
 def build(
     a:BuildArgs,
 )->dict: # the key
@@ -210,6 +221,7 @@ def build(
     text = (PACKAGE/'assets'/'study.html').read_text(encoding='utf-8')
     text = text.replace('{{title}}', html.escape(a.title)).replace('{{study}}', json.dumps(page).replace('<', '\\u003c')) # no markup can end the script
     if len(text) > 150e6: raise UserError(f'the page would have {len(text)/1e6:.0f} MB; fewer --sets, --frames or a smaller --size')
+    check_free(a.out, study)
     with whole_file(a.out/'key.json') as f: f.write_text(json.dumps(key, indent=1), encoding='utf-8')
     with whole_file(a.out/'study.html') as f: f.write_text(text, encoding='utf-8')
     return key
@@ -328,7 +340,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args): pass
 
-# %% ../nbs/54_study.ipynb #10ab8d53
+# %% ../nbs/54_study.ipynb #1fc45e57
 class StudyServer(ThreadingHTTPServer):
     "Serves one study from its folder."
     daemon_threads, request_queue_size = True, 256
@@ -346,6 +358,7 @@ class StudyServer(ThreadingHTTPServer):
         self.store = Store(folder/'ratings.sqlite', self.key['study'])
         self.slots = threading.BoundedSemaphore(64)
         try: super().__init__((host, port), Handler)
+        except OverflowError: raise UserError(f'--port {port}: from 0 (any free one) to 65535') from None
         except OSError as e: raise UserError(f'--host {host} --port {port}: cannot listen there ({e.strerror}); another program may use it, choose another --port') from None
 
     def process_request(self, request, client_address):

@@ -306,7 +306,7 @@ class Watch:
         with whole_file(self.out/'validation.jsonl') as tmp: tmp.write_text(''.join(json.dumps(r)+'\n' for r in [*rows, dict(step=step, **got)]), encoding='utf-8')
         return dict(grid=grid, **{f'held_out/{k}': v for k, v in got.items()})
 
-# %% ../nbs/42_train.ipynb #50227ca3
+# %% ../nbs/42_train.ipynb #a909c3b1
 def distil(
     a:TrainArgs,
     quads,        # folder or address of shards
@@ -334,6 +334,7 @@ def main(
     with cli():
         t, a = time.perf_counter(), parse(TrainArgs, args, 'python -m dd3g.train')
         a = replace(a, cfg=check(objective_of(a.cfg, a.objective)))
+        if a.pairs < 0 or not 0 <= a.held_out < 1: raise UserError(f'--pairs {a.pairs} must be at least 0, --held-out {a.held_out} in 0 to 1')
         G = distil(a, *chain(a))
         say(f'student: {a.out}/student.safetensors, {time.perf_counter()-t:.0f} s in all; pictures in {a.out}/grids')
     return G
