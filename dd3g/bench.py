@@ -8,7 +8,7 @@ __all__ = ['BENCHES', 'GROUPS', 'TARGETS', 'threads', 'load', 'peak_mb', 'peak_o
            'rollout_rate', 'published_rate', 'look_inside', 'bench_rollout', 'worker', 'scaling', 'bench_gsplat',
            'BenchArgs', 'measure', 'write_down', 'about', 'main', 'against_targets']
 
-# %% ../nbs/90_bench.ipynb #09794f38
+# %% ../nbs/90_bench.ipynb #d195806a
 import contextlib, copy, importlib.metadata, importlib.util, inspect, json, os, shlex, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .images import composite, picture
 from .teacher import Attention, SpatialTransformer3D, Teacher
 from .ddim import Schedule, guided, rollout
 from .rollout import attention_by, compare, random_teacher, ready, to_bytes
-from .speed import Clock, bench_generate, bench_plan, bench_profile, bench_train, example, median_s, survive
+from .speed import Clock, bench_generate, bench_plan, bench_profile, bench_train, example, median_s, name_of, newest, survive
 
 # %% ../nbs/90_bench.ipynb #0a5cff3a
 @contextlib.contextmanager
