@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BENCHES', 'GROUPS', 'TARGETS', 'threads', 'load', 'peak_mb', 'peak_of', 'bench_render', 'bench_cold', 'PerFrame',
            'AllFrames', 'as_published', 'published_rollout', 'attention_times', 'eps_error', 'bf16_psnr',
-           'rollout_rate', 'published_rate', 'look_inside', 'bench_rollout', 'worker', 'scaling', 'bench_gsplat',
-           'BenchArgs', 'measure', 'write_down', 'about', 'main', 'against_targets']
+           'rollout_rate', 'bench_deterministic', 'published_rate', 'look_inside', 'bench_rollout', 'worker', 'scaling',
+           'bench_gsplat', 'BenchArgs', 'measure', 'write_down', 'about', 'main', 'against_targets']
 
-# %% ../nbs/90_bench.ipynb #d195806a
+# %% ../nbs/90_bench.ipynb #133daf32
 import contextlib, copy, importlib.metadata, importlib.util, inspect, json, os, shlex, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from .images import composite, picture
 from .teacher import Attention, SpatialTransformer3D, Teacher
 from .ddim import Schedule, guided, rollout
 from .rollout import attention_by, compare, random_teacher, ready, to_bytes
+from .same_run import bench_equal, bench_resume
 from .speed import Clock, bench_generate, bench_plan, bench_profile, bench_train, example, median_s, name_of, newest, survive
 
 # %% ../nbs/90_bench.ipynb #0a5cff3a
@@ -183,7 +184,7 @@ def bf16_psnr(
     yield 'rollout.psnr_bf16_vs_fp32', min(marks), 'dB', dict(batch=len(files), views=len(marks), mean=round(statistics.mean(marks), 2), steps=c.diffusion.sample_steps, weights=t.fingerprint(),
         scale=next((k for k, x in SCALES.items() if x.teacher == c.teacher), 'other')) # not the one whose speed is measured
 
-# %% ../nbs/90_bench.ipynb #de297137
+# %% ../nbs/90_bench.ipynb #5198cfbd
 def rollout_rate(
     teacher:Teacher,
     cfg:Config,     # its rollout_batch and diffusion
@@ -207,6 +208,23 @@ def rollout_rate(
     if ms: what.update(attention_ms=ms, peak_gb=round(torch.cuda.max_memory_allocated(dev)/1e9, 1))
     yield 'rollout.quadruples_per_s', B/statistics.median(times), '1/s', what
     return go
+
+def bench_deterministic(
+    cfg:Config,     # size of the teacher, micro-batch
+    repeats:int=3,  # rollouts of `steps` that count
+    steps:int=10,   # DDIM steps of a timed rollout
+    compile=True,   # torch.compile, on a GPU: without it there is nothing to compare
+): # yields (name, value, unit, settings)
+    "What it costs that the compiler may not try out kernels (see `ready`): rollout rates without and with that rule."
+    dev, B, d, rates = device(), cfg.rollout_batch, cfg.diffusion, {}
+    net, b, compile = random_teacher(cfg, dev), example(cfg, B, dev), compile and dev.type == 'cuda'
+    cams, n = view_cameras(cfg.view, b['offset'], b['elevation']), min(steps, d.sample_steps)
+    for rule in (True, False):
+        torch.compiler.reset()
+        fast = ready(net, 'bf16', compile, deterministic=rule)
+        def go(): return rollout(fast, Schedule(d), b['image'], cams, b['noise'], d.guidance, n)
+        with torch.no_grad(): rates[rule] = B*n/d.sample_steps/median_s(go, min(repeats, 3), 2)
+    yield 'rollout.deterministic_price', rates[False]/rates[True], 'x', dict(batch=B, steps=n, precision='bf16', compile=compile, with_rule=round(rates[True], 3), without=round(rates[False], 3))
 
 def published_rate(
     teacher:Teacher,
@@ -349,23 +367,24 @@ def bench_gsplat(
             render(g, cams, cfg.view.size).rgb.square().sum().backward()
         yield 'render.gsplat_forward_backward_ms', median_s(both, repeats, 3)*1e3, 'ms', what
 
-# %% ../nbs/90_bench.ipynb #814a2e24
-BENCHES = dict(render=bench_render, generate=bench_generate, cold=bench_cold, rollout=bench_rollout, train=bench_train, profile=bench_profile, plan=bench_plan, gsplat=bench_gsplat)
+# %% ../nbs/90_bench.ipynb #accca553
+BENCHES = dict(render=bench_render, generate=bench_generate, cold=bench_cold, rollout=bench_rollout, train=bench_train, profile=bench_profile, plan=bench_plan, gsplat=bench_gsplat, deterministic=bench_deterministic, equal=bench_equal, resume=bench_resume)
 GROUPS  = dict(cpu='render,generate,cold,rollout,train', gpu='generate,cold,rollout,train,gsplat')
 
 @dataclass(frozen=True)
 class BenchArgs:
     "Measure speed and memory, and append the numbers to the records."
-    name:tyro.conf.Positional[str]='' # the same as --what: render, generate, cold, rollout, train, profile, plan or gsplat
+    name:tyro.conf.Positional[str]='' # the same as --what: render, generate, cold, rollout, train, deterministic, profile, plan, gsplat, equal or resume
     scale:str='tiny'        # size of generator and teacher: tiny, mini, small or paper
     what:str='cpu'          # cpu, gpu, or some of those with commas
     repeats:int=5           # calls a median is taken of
     seconds:float=220.      # what all parts of one of them may take
     teacher:str=''          # rollout: weights of a small trained teacher, to compare bfloat16 with float32
-    gpus:int=1              # rollout: more than one measures only how the rate grows
-    compile:bool=True       # on a GPU: rollout compiles the UNet, the others what repeats in student, autoencoder and LPIPS
+    gpus:int=1              # rollout: more than one measures only how the rate grows; equal: processes, at least 2
+    steps:int=50            # equal, resume: of each run; deterministic: DDIM steps of a timed rollout
+    compile:bool=True       # on a GPU: rollout compiles the UNet, generate its blocks, the others as the scale's training does
     batch:int=0             # at once; 0: 32 pictures for generate, 12 samples a process for train and profile
-    precision:str=''        # train, profile: fp32 or bf16; '': bf16 on a GPU
+    precision:str=''        # train, profile, equal, resume: fp32 or bf16; '': the scale's own (equal: fp32)
     objectives:str='joint,explicit' # train: which, and in which order
     epochs:tuple[float, ...]=(1., 2., 5., 10., 20.) # plan: how often training sees each quadruple
     records:Path=ROOT/'figures'/'records' # folder of the records

@@ -100,7 +100,7 @@ def sha(
         h.update(x)
     return h.hexdigest()[:n]
 
-# %% ../nbs/00_core.ipynb #eb213913
+# %% ../nbs/00_core.ipynb #bb9edcf2
 def git_state(
     root:Path=ROOT, # a folder of the project
 )->dict:            # commit (12 digits or None) and whether tracked files differ from it
@@ -120,6 +120,7 @@ def machine()->dict: # device, its software
 
 def record(
     name:str,      # file stem, e.g. 'bench'
+    /,             # a record may have a field of this name too
     root:Path=None, # folder of the records, default figures/records
     **fields,      # what was measured: JSON values
 )->dict:           # the record as written
@@ -132,6 +133,7 @@ def record(
 
 def read_records(
     name:str,       # file stem
+    /,              # a record may have a field of this name too
     root:Path=None, # folder of the records, default figures/records
     **where,        # keep only rows with these values
 )->list:            # of dicts, oldest first

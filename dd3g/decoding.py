@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tap_plan', 'fibonacci', 'first_anchors', 'spread', 'mlp_head', 'logit', 'ProgressiveDecoding']
 
-# %% ../nbs/32_decoding.ipynb #6a3bcb40
+# %% ../nbs/32_decoding.ipynb #a0952a7d
 import math
 import torch
 from torch import nn, Tensor
@@ -14,6 +14,7 @@ from .config import StudentConfig
 from .core import UserError
 from .gaussians import Gaussians
 from .layers import PointBlock, neighbours
+from .pattern import GaussianLookup, Sight, TokenLookup
 
 # %% ../nbs/32_decoding.ipynb #76ed779c
 def tap_plan(
@@ -72,12 +73,13 @@ def logit(
     "Inverse of the sigmoid."
     return math.log(p/(1-p))
 
-# %% ../nbs/32_decoding.ipynb #76bafd3d
+# %% ../nbs/32_decoding.ipynb #66c00ae6
 class ProgressiveDecoding(nn.Module):
     "Phase two of PEPD, p_2 of Eq. 2: tokens to Gaussians."
     def __init__(self,
         cfg:StudentConfig, # the student
         radius:float=.6,   # the object's ball, world units
+        n_views:int=4,     # of C; matters to a lookup only
     ):
         super().__init__()
         D,K = cfg.width,cfg.gaussians_per_token
@@ -89,6 +91,8 @@ class ProgressiveDecoding(nn.Module):
         self.to_mu     = mlp_head(D, K*3, 1e-2)  # each one's offset from there
         self.to_shape  = mlp_head(D, K*7, 1e-2)  # scale 3, rotation 4
         self.to_color  = mlp_head(D, K*4, 1e-2)  # colour 3, opacity 1
+        self.at_tokens    = TokenLookup(cfg, n_views) if cfg.lookup == 'tokens' else None
+        self.at_gaussians = GaussianLookup(cfg, n_views) if cfg.lookup == 'gaussians' else None
         self.register_buffer('spread', torch.atanh(spread(K)))
         lo,hi = cfg.scale_range
         with torch.no_grad():
@@ -106,9 +110,11 @@ class ProgressiveDecoding(nn.Module):
         return mu,mu.mean(2)
 
     def forward(self,
-        x:Tensor, # image tokens then pattern tokens: (B, T, D)
-    )->Gaussians: # world frame: (B, T*K)
-        x,seen,raw = x + self.embed,{},{}
+        x:Tensor,         # image tokens then pattern tokens: (B, T, D)
+        sight:Sight=None, # what a lookup reads
+    )->Gaussians:         # world frame: (B, T*K)
+        x,seen,raw,read = x + self.embed,{},{},0.
+        if self.at_tokens is not None: x = x + self.at_tokens(self.anchor[None], sight)  # (B, T, D)
         near = neighbours(self.anchor.float()[None], self.cfg.pd_k)                      # (1, T, k): all objects share their anchors
         for i,block in enumerate(self.blocks):
             seen[i] = x = block(x, near)                                                 # (B, T, D)
@@ -118,7 +124,10 @@ class ProgressiveDecoding(nn.Module):
                 if name == 'mu':
                     raw['mu'],pos = self.centres(h)                                      # (B, T, K, 3), (B, T, 3)
                     near = neighbours(pos, self.cfg.pd_k)                                # (B, T, k): now each has its own
+                    if self.at_gaussians is not None:
+                        move,read = self.at_gaussians(raw['mu'], h, sight)               # (B, T, K, 3), (B, T, K, 4)
+                        raw['mu'] = raw['mu'] + move
                 else: raw[name] = getattr(self, f'to_{name}')(h).float().unflatten(-1, (self.cfg.gaussians_per_token, -1)) # (B, T, K, 7 or 4)
-        s,q,c,a = *raw['shape'].split([3, 4], -1),*raw['color'].split([3, 1], -1)        # (B, T, K, ·)
+        s,q,c,a = *raw['shape'].split([3, 4], -1),*(raw['color']+read).split([3, 1], -1)        # (B, T, K, ·)
         flat = lambda t: t.flatten(1, 2)                                                 # (B, T*K, ·)
         return Gaussians.from_raw(flat(raw['mu']), flat(s), flat(q), flat(c), flat(a)[...,0], self.cfg.scale_range)

@@ -7,7 +7,7 @@ __all__ = ['DEFAULT', 'SUFFIXES', 'WORTH', 'Generator', 'Recorded', 'splat_bytes
            'write_video', 'GenerateArgs', 'find_pictures', 'name_outputs', 'write_all', 'make_one', 'check_args',
            'hurry', 'main']
 
-# %% ../nbs/50_generate.ipynb #2dd13387
+# %% ../nbs/50_generate.ipynb #f7094e8a
 import base64, html, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,10 @@ from .render import render
 from .images import composite, contact_sheet, cut_out, load_picture, recentre, to_rgba
 from .layers import ImageTo3D, compile_blocks
 from .loop import load_into, load_weights
-from .pepd import PEPD, in_bf16
+from .backbones import build_student
+from .pepd import in_bf16
 
-# %% ../nbs/50_generate.ipynb #394892a1
+# %% ../nbs/50_generate.ipynb #7f7839df
 DEFAULT = 'mini.safetensors' # in dd3g/weights: the checkpoint that ships with the package
 
 class Generator:
@@ -50,7 +51,7 @@ class Generator:
         if path.is_dir() or not path.exists(): raise UserError(f'{path}: no such checkpoint; name a .safetensors file with --checkpoint, or train one with: python -m dd3g.train')
         state, cfg = load_weights(path, 'student')
         cfg = from_dict(Config, cfg, str(path))
-        return cls(load_into(PEPD(cfg), state, path), where)
+        return cls(load_into(build_student(cfg), state, path), where)
 
     def prepare(self,
         picture, # path, PIL image, or tensor in 0..1: (3 or 4, H, W)

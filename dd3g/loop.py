@@ -472,7 +472,7 @@ class Step(nn.Module):
         with torch.autocast(gen.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             return self.loss_fn(self.model, batch, step, gen)
 
-# %% ../nbs/16_loop.ipynb #51dc00f5
+# %% ../nbs/16_loop.ipynb #c284bf0f
 class Run:
     "A model in training: its optimiser, its average, its checkpoints."
     def __init__(
@@ -501,7 +501,7 @@ class Run:
 
     def start(self):
         "Compile and distribute; after the weights are in place."
-        if self.cfg.compile: self.model.compile() # in place: names of weights stay
+        if self.cfg.compile: self.model.compile() # in place: names of weights stay; how is the model's own affair
         if self.cfg.compile and self.world > 1: torch._dynamo.config.optimize_ddp = False # see above
         self.agree()
         step = Step(self.model, self.loss_fn, self.cfg.precision)

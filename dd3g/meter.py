@@ -6,7 +6,7 @@
 __all__ = ['validate', 'wilson', 'n_survival', 'split_pictures', 'names_of', 'two_draws', 'student_views', 'alike',
            'knowledge_loss', 'MeterArgs', 'as_rolled', 'fits', 'measure', 'main']
 
-# %% ../nbs/38_meter.ipynb #6bc35416
+# %% ../nbs/38_meter.ipynb #c5f1ab1f
 import json, math, sys, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,8 +24,9 @@ from .metrics import Perceptual, psnr, ssim
 from .loop import load_into, load_weights
 from .teacher import Teacher
 from .ddim import Schedule, rollout
-from .rollout import Quadruples
-from .pepd import PEPD
+from .rollout import Quadruples, family_of
+from .true_views import TRUE
+from .backbones import build_student
 
 # %% ../nbs/38_meter.ipynb #6065c633
 def wilson(
@@ -55,7 +56,7 @@ def n_survival(
     return dict(own_n=agree/n, own_n_low=own_low, own_n_high=own_high, explained=(1-left.sum()/power.sum()).item(), explained_low=low, explained_high=high,
                 amplitude=(own.sum()/power.sum()).sqrt().item())
 
-# %% ../nbs/38_meter.ipynb #a476b0e7
+# %% ../nbs/38_meter.ipynb #d2da2b57
 def split_pictures(
     names:list,     # family (or picture) of each quadruple
     part:float=.05, # of the families to hold out
@@ -70,10 +71,9 @@ def split_pictures(
 def names_of(
     data:Quadruples,
 )->list: # of str
-    "The family of each quadruple's picture, or its name where no family is known."
-    read = lambda i: data.read(i, ('ii.png', 'oi.npy', 'z.npy'))['json'] # pictures stay where they are
-    with ThreadPoolExecutor(4*data.workers) as pool: recs = data.records or list(pool.map(read, range(len(data))))
-    return [r['picture'].get('family', r['picture']['name']) for r in recs]
+    "The family of each quadruple's picture, or its name where no family is known. Shards say it in their index; older ones are read."
+    read = lambda i: data.names[i] or family_of(data.read(i, ('ii.png', 'oi.npy', 'z.npy'))['json']) # pictures stay where they are
+    with ThreadPoolExecutor(4*data.workers) as pool: return list(pool.map(read, range(len(data)))) if None in data.names else list(data.names)
 
 # %% ../nbs/38_meter.ipynb #55b5cbd7
 @torch.no_grad()
@@ -146,7 +146,7 @@ def knowledge_loss(
 
 validate = knowledge_loss # its name in earlier versions
 
-# %% ../nbs/38_meter.ipynb #f1b65f29
+# %% ../nbs/38_meter.ipynb #f33d3b67
 @dataclass(frozen=True)
 class MeterArgs:
     "Measure what of a teacher arrived in a student."
@@ -164,6 +164,7 @@ def as_rolled(
     settings:dict, # of quadruples
 )->Config:
     "The configuration with the guidance, steps and micro-batch that made these quadruples."
+    if settings['teacher'] == TRUE: return cfg # nobody rolled them out
     return replace(cfg, diffusion=replace(cfg.diffusion, guidance=settings['guidance'], sample_steps=settings['steps']), rollout_batch=settings['micro_batch'])
 
 def fits(
@@ -172,12 +173,12 @@ def fits(
     cfg:Config,       # of the student
     fingerprint:str,  # of the teacher
 ):
-    "Raises UserError if quadruples are not of this size or not of this teacher."
+    "Raises UserError if quadruples are not of this size, or of another teacher. True views fit any: it lends its latent encoder."
     size, shape = settings['view']['size'], tuple(settings['noise_shape'])
     if (size, shape) != (cfg.view.size, cfg.noise_shape): raise UserError(f'{quads}: pictures of {size} px and noise {shape}, the configuration asks for {cfg.view.size} px and {cfg.noise_shape}; give their --scale')
-    if settings['teacher'] != fingerprint: raise UserError(f'{quads}: made by teacher {settings["teacher"]}, not by {fingerprint}; name the weights that made it by --teacher')
+    if settings['teacher'] not in (fingerprint, TRUE): raise UserError(f'{quads}: made by teacher {settings["teacher"]}, not by {fingerprint}; name the weights that made it by --teacher')
 
-# %% ../nbs/38_meter.ipynb #eb90289d
+# %% ../nbs/38_meter.ipynb #a7c97cbf
 def measure(
     a:MeterArgs,
 )->dict: # what knowledge_loss gives
@@ -193,7 +194,7 @@ def measure(
     held = split_pictures(names_of(data), a.held_out)[1]
     if not held: raise UserError(f'{a.quads}: one picture only, none is held out; give --held-out 1 to use it all the same')
     few = held[::max(1, len(held)//max(1, a.pairs))][:a.pairs]
-    G = load_into(PEPD(cfg).to(dev), {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, a.checkpoint).eval()
+    G = load_into(build_student(cfg).to(dev), {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, a.checkpoint).eval()
     pairs = two_draws(T, data, few, as_rolled(cfg, data.settings), a.seed, quiet=False)
     return knowledge_loss(G, pairs, cfg, Perceptual(a.lpips_net or cfg.loss.lpips_net).to(dev))
 

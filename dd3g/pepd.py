@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PEPD', 'count_flops', 'summary', 'PepdArgs', 'main', 'in_bf16']
 
-# %% ../nbs/33_pepd.ipynb #cae1460a
+# %% ../nbs/33_pepd.ipynb #cad0731a
 import copy, json, re
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +18,11 @@ from .cameras import Cameras
 from .config import SCALES, Cfg, Config, parse
 from .gaussians import Gaussians
 from .layers import ImageTo3D, side_by_side
-from .pattern import PatternExtraction, noise_and_cameras
+from .pattern import PatternExtraction, Sight, noise_and_cameras
 from .decoding import ProgressiveDecoding
 from .teacher import ImageEncoder, LatentEncoder
 
-# %% ../nbs/33_pepd.ipynb #2cf56904
+# %% ../nbs/33_pepd.ipynb #927958ea
 class PEPD(ImageTo3D):
     "The paper's generator G_theta: Pattern Extraction and Progressive Decoding (Sec. III-B, Eq. 2)."
     exact = 'pd.anchor', 'pd.spread', 'encoder.mean', 'encoder.std' # stay float32 whatever the weights are
@@ -35,12 +35,12 @@ class PEPD(ImageTo3D):
         self.cfg = cfg
         self.encoder = ImageEncoder(s.encoder, encoder).requires_grad_(s.encoder.kind == 'vit') # published ones stay as they are
         self.to_width = nn.Identity() if s.encoder.width == s.width else nn.Linear(s.encoder.width, s.width)
-        listens = s.pattern in ('pe', 'concat')
+        listens = s.pattern in ('pe', 'shuffled', 'concat')
         self.latent_encoder = LatentEncoder(cfg.ae) if listens and s.fifth_frame == 'latent' else None
-        self.pe = PatternExtraction(s, cfg.latent) if s.pattern == 'pe' else None
+        self.pe = PatternExtraction(s, cfg.latent) if s.pattern in ('pe', 'shuffled') else None
         self.direct = nn.Linear(cfg.latent**2, s.width) if s.pattern == 'concat' else None
         self.constant = nn.Parameter(torch.randn(s.pattern_tokens, s.width)*.02) if s.pattern == 'constant' else None
-        self.pd = ProgressiveDecoding(s, cfg.view.object_radius)
+        self.pd = ProgressiveDecoding(s, cfg.view.object_radius, cfg.view.n_views)
 
     def image_tokens(self,
         image:Tensor, # 0..1: (B, 3, S, S)
@@ -53,12 +53,15 @@ class PEPD(ImageTo3D):
         latent:Tensor, # of the picture, or None: (B, 4, h, w)
         noise:Tensor,  # N: (B, F, 4, h, w)
         cams:Cameras,  # C: (B, V)
-    )->Tensor:         # (B, 0 or 50, D)
+    )->tuple:          # (B, 0 or 50, D); for a lookup, the maps of the V views, or None
         "What the noise and the cameras say (p_1), or its stand-in in an ablation."
-        if self.constant is not None: return self.constant.expand(len(tokens), -1, -1)
-        if self.pe is None and self.direct is None: return tokens[:,:0]
+        if self.constant is not None: return self.constant.expand(len(tokens), -1, -1),None
+        if self.pe is None and self.direct is None: return tokens[:,:0],None
         nc = noise_and_cameras(noise, cams, latent)                                      # (B, F, 10, h, w)
-        return self.pe(nc, tokens) if self.pe is not None else self.direct(nc.to(tokens.dtype).flatten(-2).flatten(1, 2))
+        if self.pe is None: return self.direct(nc.to(tokens.dtype).flatten(-2).flatten(1, 2)),None
+        maps = self.pe.maps(nc, tokens)                                                  # (B, F, 10, h, w)
+        sight = Sight(torch.cat([nc, maps.to(nc)], 2)[:,:cams.n], cams) if self.cfg.student.lookup != 'none' else None
+        return self.pe.tokens(maps),sight
 
     def forward(self,
         image:Tensor,      # input pictures on a plain background, 0..1: (B, 3, S, S)
@@ -67,13 +70,14 @@ class PEPD(ImageTo3D):
     )->Gaussians:          # world frame, the input view at azimuth 90: (B, G)
         see = self.latent_encoder if self.latent_encoder is not None else lambda _: None
         tokens, latent = side_by_side(lambda: self.image_tokens(image), lambda: see(image)) # (B, T, D), (B, 4, h, w)
-        pattern = self.pattern_tokens(tokens, latent, noise, cams) # (B, P, D)
-        return self.pd(torch.cat([tokens, pattern.to(tokens)], 1)) # (B, (T+P) K)
+        if self.training and self.cfg.student.pattern == 'shuffled': noise = noise.roll(1, 0) # somebody else's
+        pattern, sight = self.pattern_tokens(tokens, latent, noise, cams) # (B, P, D), maps (B, V, 20, h, w)
+        return self.pd(torch.cat([tokens, pattern.to(tokens)], 1), sight) # (B, (T+P) K)
 
-# %% ../nbs/33_pepd.ipynb #c79fc130
+# %% ../nbs/33_pepd.ipynb #284e2552
 PARTS = {'image encoder':r'encoder', 'latent encoder':r'latent_encoder', 'PE: convolutions':r'pe\.(conv_in|res\.\d+|conv_out|to_token)|direct', 'PE: attention':r'pe\.attn\.\d+',
          'PD: full attention':r'pd\.blocks\.\d+\.full', 'PD: vector attention':r'pd\.blocks\.\d+\.near', 'PD: feed-forward':r'pd\.blocks\.\d+\.ff',
-         'heads: mu':r'pd\.to_(anchor|mu)', 'heads: s, q':r'pd\.to_shape', 'heads: c, alpha':r'pd\.to_color'} # name -> modules
+         'lookup':r'pd\.at_(tokens|gaussians)', 'heads: mu':r'pd\.to_(anchor|mu)', 'heads: s, q':r'pd\.to_shape', 'heads: c, alpha':r'pd\.to_color'} # name -> modules
 
 def count_flops(
     model:nn.Module, # on the meta device
@@ -96,7 +100,7 @@ def summary(
         g, flops = count_flops(m, torch.zeros(1, 3, *[cfg.view.size]*2), torch.zeros(1, *cfg.noise_shape), Cameras(torch.zeros(1, cfg.view.n_views, 4, 4), cfg.view.fov))
     assert g.n == s.gaussians == s.tokens*s.gaussians_per_token
     n = lambda pattern: sum(p.numel() for k, p in m.named_parameters() if re.match(rf'({pattern})(\.|$)', k))
-    parts = [dict(part=k, parameters=n(p), flops=sum(v for name, v in flops.items() if re.fullmatch(p, name))) for k, p in PARTS.items()]
+    parts = [dict(part=k, parameters=n(p), flops=sum(v for name, v in flops.items() if re.fullmatch(p, name))) for k, p in PARTS.items() if n(p)]
     total = dict(parameters=n('.*'), flops=flops[''])
     parts.append(dict(part='the rest', **{k: v-sum(r[k] for r in parts) for k, v in total.items()})) # embeddings, anchors, projections
     return dict(tokens=s.tokens, image_tokens=s.encoder.tokens, pattern_tokens=s.pattern_tokens, gaussians_per_token=s.gaussians_per_token, gaussians=s.gaussians, trainable=trainable, **total, parts=parts)

@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'CONDITIONS', 'PAPER_HOURS', 'median_s', 'Clock', 'survive', 'within', 'example', 'here', 'wake', 'untrained',
-           'forward_of', 'how', 'bench_ways', 'bench_faithful', 'bench_save', 'bench_generate', 'Rehearsal',
-           'rate_alone', 'clean', 'bench_step', 'bench_train', 'backward_through', 'step_parts', 'bench_profile',
-           'name_of', 'newest', 'plan_hours', 'bench_plan']
+           'forward_of', 'how', 'bench_ways', 'bench_faithful', 'bench_save', 'bench_generate', 'Rehearsal', 'clean',
+           'bench_step', 'bench_train', 'backward_through', 'step_parts', 'bench_profile', 'name_of', 'newest',
+           'plan_hours', 'bench_plan']
 
-# %% ../nbs/88_speed.ipynb #d06cf53e
-import gc, os, statistics, sys, tempfile, time, traceback
+# %% ../nbs/88_speed.ipynb #44098b04
+import contextlib, gc, math, os, statistics, sys, tempfile, time, traceback
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .core import ROOT, UserError, machine, read_records, seeded_randn
+from .core import ROOT, UserError, read_records, seeded_randn
 from .config import Config
 from .cameras import ring, view_cameras
 from .gaussians import Gaussians
 from .render import render
 from .metrics import psnr
-from .loop import Meter, Run, update
+from .loop import Meter, Run, Step, TensorData, parts_of, update
 from .teacher import Teacher
-from .layers import compile_blocks
 from .losses import explicit, guess_noise
 from .train import Joint, new_student
 from .generate import Generator
@@ -179,43 +178,61 @@ def bench_generate(
     def save(): yield from bench_save(cfg, repeats)
     yield from within(clock, [eager, prepared, faithful, save]+[compiled]*bool(compile and torch.cuda.is_available()))
 
-# %% ../nbs/88_speed.ipynb #ec206766
+# %% ../nbs/88_speed.ipynb #e5498016
 WORLD = int(os.environ.get('WORLD_SIZE', 1)) # processes that measure together
 
 class Rehearsal:
-    "A training step, over and over on one batch."
+    "The steps of a training run, on a few samples."
     def __init__(self,
         cfg:Config,     # size of everything
         objective:str,  # joint, or explicit
         batch:int,      # samples a process
-        compiled:bool=False, # blocks of the student, the autoencoder's encoder, LPIPS
+        compiled:bool=False, # student, the autoencoder's encoder, LPIPS
         precision:str='fp32', # fp32 or bf16
         lean:bool=None, # as for `Joint`
     ):
         loss = replace(cfg.loss, implicit=objective == 'joint', explicit=True, sds_every=1, lpips_net='random-'+cfg.loss.lpips_net.removeprefix('random-'))
-        self.cfg = c = replace(cfg, loss=loss, fit=replace(cfg.fit, batch=batch*WORLD, accumulate=1, precision=precision, compile=compiled))
+        self.cfg = c = replace(cfg, loss=loss, fit=replace(cfg.fit, steps=1_000_000, batch=batch*WORLD, accumulate=1, precision=precision, compile=compiled))
         torch.manual_seed(0)
         with here():
             self.net = wake(new_student(c))
-            teacher = wake(Teacher(c)).eval().requires_grad_(False) if loss.implicit else None
-        if compiled: compile_blocks(self.net)
-        self.joint = Joint(c, teacher, balance_every=0, lean=lean)
-        self.run = Run(self.net, self.joint, replace(c.fit, compile=False), Path(tempfile.gettempdir()), {}, here())
+            self.teacher = wake(Teacher(c)).eval().requires_grad_(False) if loss.implicit else None # float32, as dd3g.train keeps it
+        self.joint = Joint(c, self.teacher, lean=lean)
+        self.run = Run(self.net, self.joint, c.fit, Path(tempfile.gettempdir()), {}, here())
         self.run.start()
-        self.run.done, self.batch, self.bad, self.meter = c.fit.steps//2, example(c, batch, here()), torch.zeros((), device=here()), Meter()
-    def parts(self):
-        while True: yield self.run.done, 0, 0, self.batch
-    def step(self): update(self.run, self.parts(), self.bad, self.meter)
+        self.batch, self.bad, self.meter = example(c, batch, here()), torch.zeros((), device=here()), Meter()
+        self.data = TensorData(**self.batch)
+        self.at(c.fit.steps//2)
 
-# %% ../nbs/88_speed.ipynb #ea04183c
-def rate_alone(
-    rows:list, # records
-    what:dict, # conditions of a measurement by several processes
-)->float:      # samples a second of one process under the same conditions, on the same kind of device; None if that was not measured
-    "What several processes are compared with."
-    same = dict({k: what[k] for k in ('objective', 'precision', 'compiled', 'gaussians', 'lpips')}, batch=what['batch']//what['processes'], processes=1, device=machine()['device'])
-    return next((r['value'] for r in reversed(rows) if name_of(r) == 'train.samples_per_s' and all(r.get(k) == v for k, v in same.items())), None)
+    def at(self,
+        step:int, # updates done
+    ):
+        "Go on from there."
+        self.run.done, self.parts = step, parts_of(self.run, self.data)
 
+    def step(self):
+        "One update; now and then the loop reads its numbers for the log, which waits for the device."
+        update(self.run, self.parts, self.bad, self.meter)
+        if self.run.done % self.cfg.fit.log_every == 0: self.meter.read()
+
+    @contextlib.contextmanager
+    def alone(self):
+        "Within this context steps are those of one process; weights drift apart, which costs no time."
+        net, self.run.net = self.run.net, Step(self.net, self.joint, self.cfg.fit.precision)
+        try: yield
+        finally: self.run.net = net
+
+    def seconds(self,
+        repeats:int,        # ordinary steps that count, at least
+        longer:float=0.,    # more of them until so many seconds are over
+    )->float:               # seconds a step
+        "The median of ordinary steps, and the share of the dearer one among `balance_every`."
+        every, middle = self.joint.balance_every, self.cfg.fit.steps//2
+        self.at(middle); dear = median_s(self.step, 1, 0)
+        self.at(middle+1); usual = median_s(self.step, repeats, 0, longer)
+        return ((every-1)*usual+dear)/every
+
+# %% ../nbs/88_speed.ipynb #9dd59035
 def clean():
     "Give memory back between measurements."
     gc.collect()
@@ -228,7 +245,6 @@ def bench_step(
     compiled:bool,  # see `Rehearsal`
     precision:str,  # fp32 or bf16
     repeats:int,    # steps that count, at least
-    records:Path=None, # folder with the number of one process, for the efficiency of several
 ): # yields (name, value, unit, settings)
     "Samples a second, memory, and the efficiency of several processes."
     clean()
@@ -238,32 +254,37 @@ def bench_step(
     what = dict(batch=batch*WORLD, n_gpus=WORLD if cuda else 0, processes=WORLD, objective=objective, precision=precision, compiled=compiled, lpips=re.cfg.loss.lpips_net, gaussians=cfg.student.gaussians, threads=torch.get_num_threads())
     if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     yield 'train.warmup_s', time.perf_counter()-t, 's', what
-    rate = batch*WORLD/(median_s(re.step, repeats, 0, 4.) if WORLD == 1 else median_s(re.step, max(repeats, 20), 0))
+    rate = batch*WORLD/(re.seconds(repeats, 4.) if WORLD == 1 else re.seconds(max(repeats, 20))) # together: equally many steps each
     yield 'train.samples_per_s', rate, '1/s', what
     if cuda: yield 'train.peak_gb', torch.cuda.max_memory_allocated()/1e9, 'GB', what
-    if WORLD > 1 and (alone := rate_alone(read_records('bench', records), what)): yield 'train.scaling_efficiency', rate/(WORLD*alone), '', dict(what, times=round(rate/alone, 3))
+    if WORLD == 1: return
+    if re.run.main:
+        with re.alone():
+            for _ in range(3): re.step()
+            alone = batch/re.seconds(repeats, 4.)
+    re.run.acc.wait_for_everyone()
+    if re.run.main: yield 'train.scaling_efficiency', rate/(WORLD*alone), '', dict(what, times=round(rate/alone, 3), alone_per_s=round(alone, 3))
 
-# %% ../nbs/88_speed.ipynb #0d09db75
+# %% ../nbs/88_speed.ipynb #891dbe25
 def bench_train(
     cfg:Config,     # size of everything
     repeats:int=5,  # steps that count, at least
     seconds:float=220., # what all of it may take, about
-    compile=True,   # compile what repeats, on a GPU
+    compile=True,   # compile if the scale's training does, on a GPU
     batch:int=0,    # samples a process; 0: 12, a sixth of the paper's, or the scale's own if that is less
-    precision:str='', # fp32 or bf16; '': bf16 on a GPU
+    precision:str='', # fp32 or bf16; '': the scale's own
     objectives:str='joint,explicit', # which, and in which order
-    records:Path=None, # their folder
 ): # yields (name, value, unit, settings)
     "Training with and without the verifier; pictures OI are decoded beforehand."
-    c, n = bool(compile and torch.cuda.is_available()), batch or min(12, cfg.fit.batch)
+    c, n = bool(compile and cfg.fit.compile and torch.cuda.is_available()), batch or min(12, cfg.fit.batch)
     if wrong := set(objectives.split(','))-{'joint', 'explicit'}: raise UserError(f'--objectives {",".join(sorted(wrong))}: joint, explicit or both')
     def part(objective):
-        def run(): yield from bench_step(cfg, objective, n, c, precision or ('bf16' if torch.cuda.is_available() else 'fp32'), repeats, records)
+        def run(): yield from bench_step(cfg, objective, n, c, precision or cfg.fit.precision, repeats)
         run.__name__ = objective
         return run
-    yield from within(Clock(seconds), map(part, objectives.split(',')))
+    yield from within(Clock(seconds if WORLD == 1 else math.inf), map(part, objectives.split(','))) # several processes must not differ on whether there is time
 
-# %% ../nbs/88_speed.ipynb #d5a0b180
+# %% ../nbs/88_speed.ipynb #ddb4ac20
 def backward_through(
     f,       # leaves -> a tensor, or a tuple or list of them
     *leaves, # tensors that get gradients
@@ -282,8 +303,8 @@ def step_parts(
     auto = lambda f: torch.autocast(here().type, torch.bfloat16, enabled=c.fit.precision == 'bf16')(f)
     cams, S, verifier = view_cameras(c.view, b['offset'], b['elevation']), c.view.size, joint.teacher
     see = blind(auto(lambda: (net.image_tokens(b['image']), net.latent_encoder(b['image']) if net.latent_encoder is not None else None)))
-    read = auto(lambda tokens: net.pattern_tokens(tokens, latent, b['noise'], cams))
-    decode = auto(lambda x: net.pd(x).tensors)
+    listen = auto(lambda tokens: net.pattern_tokens(tokens, latent, b['noise'], cams))
+    read, decode = lambda tokens: listen(tokens)[0], auto(lambda x: net.pd(x, sight).tensors)
     draw = lambda *fields: render(Gaussians(*fields), cams, S).rgb
     judge = auto(lambda v: explicit(v, b['oi'], joint.fast, c.loss)[0])
     squeeze = auto(lambda v: verifier.encode(v))
@@ -293,7 +314,8 @@ def step_parts(
         re.run.adam.step(0., re.bad); re.run.ema.update(0)
     with blind:
         tokens, latent = see()
-        x = torch.cat([tokens, read(tokens).to(tokens)], 1)
+        pattern, sight = listen(tokens)
+        x = torch.cat([tokens, pattern.to(tokens)], 1)
         fields = [f.float() for f in decode(x)]
         views = draw(*fields); z = squeeze(views).float()
         t = torch.full((len(z),), 100, device=z.device)
@@ -301,17 +323,17 @@ def step_parts(
     return {'encoders':(see, 1), 'PE':(both(read, tokens), 1), 'PD':(both(decode, x), 1), 'rasteriser':(both(draw, *fields), 2), 'MSE and LPIPS':(both(judge, views), 1),
             'VAE encoder':(both(squeeze, views), 1), 'verifier':(ask, 1), 'optimiser':(optimise, 1)}
 
-# %% ../nbs/88_speed.ipynb #6d23f3bc
+# %% ../nbs/88_speed.ipynb #dc22b3fc
 def bench_profile(
     cfg:Config,     # size of everything
     repeats:int=3,  # calls that count, at least
     seconds:float=220., # what all of it may take, about
     compile=True,   # compile the prepared variant, on a GPU
     batch:int=0,    # samples; 0: as `bench_train`
-    precision:str='', # fp32 or bf16; '': bf16 on a GPU
+    precision:str='', # fp32 or bf16; '': the scale's own
 ): # yields (name, value, unit, settings)
     "A joint training step part by part, plain and prepared."
-    clock, n, prec = Clock(seconds), batch or min(12, cfg.fit.batch), precision or ('bf16' if torch.cuda.is_available() else 'fp32')
+    clock, n, prec = Clock(seconds), batch or min(12, cfg.fit.batch), precision or cfg.fit.precision
     def variant(name, compiled, lean):
         clean()
         re = Rehearsal(cfg, 'joint', n, compiled, prec, lean)
@@ -319,7 +341,7 @@ def bench_profile(
         for part, (fn, times) in step_parts(re).items(): yield 'train.part_ms', times*median_s(fn, min(repeats, 3), 1, .3)*1e3, 'ms', dict(what, part=part)
         yield 'train.step_ms', median_s(re.step, min(repeats, 3), 2, .6)*1e3, 'ms', what
     def plain(): yield from variant('plain', False, False)
-    def prepared(): yield from variant('prepared', bool(compile and torch.cuda.is_available()), None)
+    def prepared(): yield from variant('prepared', bool(compile and cfg.fit.compile and torch.cuda.is_available()), None)
     yield from within(clock, [plain, prepared])
 
 # %% ../nbs/88_speed.ipynb #901b42a3

@@ -7,7 +7,7 @@ __all__ = ['UNSEEN', 'Joint', 'InBf16', 'perceptual', 'picture_grid', 'save_pict
            'make_rings', 'make_teacher', 'make_quads', 'chain', 'load_data', 'held_out', 'new_student', 'Watch',
            'distil', 'main']
 
-# %% ../nbs/42_train.ipynb #347dbf90
+# %% ../nbs/42_train.ipynb #d7e3f27c
 import contextlib, io, json, os, shutil, sys, time, typing
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from .teacher import Teacher
 from .ddim import Schedule
 from .rollout import Quadruples, RolloutArgs, load_roller, pictures_from, write_quadruples
 from .teach import TeachArgs, teach
-from .pepd import PEPD
+from .backbones import build_student
+from .layers import ImageTo3D
 from .meter import as_rolled, fits, knowledge_loss, names_of, split_pictures, student_views, two_draws
 from .losses import Verifier, explicit, gradient_norms, implicit, opacity
 from .curriculum import draw_t, objective_of, step_weight
@@ -245,7 +246,7 @@ def chain(
         stage('quadruples', quads, key([named, c.view, c.diffusion, c.quadruples, c.rollout_batch]), lambda: make_quads(teacher, out/'pictures', quads, c))
     return quads, teacher
 
-# %% ../nbs/42_train.ipynb #b4714d99
+# %% ../nbs/42_train.ipynb #9b40fffe
 def load_data(
     quads,       # folder or address of shards
     teacher,     # a `Teacher` on its device, said to have made them
@@ -271,10 +272,10 @@ def new_student(
     teacher=None, # its autoencoder's encoder is copied
     start=None,   # weights of a student to begin from
     encoder=None, # folder or hub name of the image encoder's published weights (DINOv2); None: random
-)->PEPD:
-    "An untrained student, equal for equal seeds. Its latent encoder is the teacher's, frozen."
+)->ImageTo3D:
+    "An untrained student, equal for equal seeds. Its latent encoder, if it has one, is the teacher's, frozen."
     torch.manual_seed(seed_of('student', cfg.fit.seed))
-    G = PEPD(cfg, encoder)
+    G = build_student(cfg, encoder)
     if start is not None: load_into(G, load_weights(start, 'student')[0], start)
     if G.latent_encoder is not None:
         if teacher is not None: G.latent_encoder.load_state_dict(teacher.ae.latent_encoder().state_dict())
@@ -306,12 +307,12 @@ class Watch:
         with whole_file(self.out/'validation.jsonl') as tmp: tmp.write_text(''.join(json.dumps(r)+'\n' for r in [*rows, dict(step=step, **got)]), encoding='utf-8')
         return dict(grid=grid, **{f'held_out/{k}': v for k, v in got.items()})
 
-# %% ../nbs/42_train.ipynb #a909c3b1
+# %% ../nbs/42_train.ipynb #2fa7d906
 def distil(
     a:TrainArgs,
     quads,        # folder or address of shards
     teacher:Path, # weights
-)->PEPD:          # with averaged weights, in eval mode; also in OUT/student.safetensors
+)->ImageTo3D:     # with averaged weights, in eval mode; also in OUT/student.safetensors
     "Train the student (Sec. III-C)."
     out, dev = a.out, torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if device().type == 'cuda' else device()
     T = Teacher.load(teacher, dev)
@@ -329,7 +330,7 @@ def distil(
 
 def main(
     args=None, # list of str, default sys.argv[1:]
-)->PEPD:
+)->ImageTo3D:
     "Entry point of `python -m dd3g.train`."
     with cli():
         t, a = time.perf_counter(), parse(TrainArgs, args, 'python -m dd3g.train')

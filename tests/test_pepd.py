@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from dd3g.cameras import four_views, ring
-from dd3g.config import SCALES, EncoderConfig
+from dd3g.config import OLDER, SCALES, Config, EncoderConfig, StudentConfig, check, from_dict, to_json
 from dd3g.core import UserError, seeded_randn
 from dd3g.decoding import ProgressiveDecoding, spread
 from dd3g.layers import Near, PointBlock, VectorAttention, compile_blocks, neighbours
+from dd3g.pattern import GaussianLookup, Sight, TokenLookup, look_up, noise_and_cameras, project
 from dd3g.pepd import PEPD, count_flops, in_bf16, main, summary
 from dd3g.render import render
 from dd3g.teacher import ImageEncoder
@@ -19,6 +20,8 @@ TINY = SCALES['tiny']
 
 def inputs(cfg, n=2):
     return torch.rand(n, 3, *[cfg.view.size]*2, generator=torch.Generator().manual_seed(0)), seeded_randn(range(n), *cfg.noise_shape), four_views(torch.linspace(0, 45, n), torch.zeros(n))
+
+def student(cfg=TINY, **fields): return replace(cfg, student=replace(cfg.student, **fields))
 
 def shaken(cfg=TINY, seed=0):
     torch.manual_seed(seed)
@@ -114,3 +117,106 @@ def test_published_encoders_are_frozen_and_found_or_named(tmp_path):
     x = torch.rand(1, 3, 32, 32)
     assert torch.allclose(net.encoder.eval()(x), again.encoder.eval()(x), atol=1e-6)
     with pytest.raises(UserError, match='no weights of a Dinov2Model'): ImageEncoder(cfg.student.encoder, tmp_path/'nothing')
+
+def test_projection_by_hand():
+    "The input camera stands at (1.5, 0, 0): +y is right, +z is up, +x is nearer; the camera behind sees +y on the left."
+    tan = torch.tensor(49.1/2).deg2rad().tan()
+    uv, height = project(torch.tensor([[[0., .3, .2], [.5, .3, .2], [0., 0, 0]]]), four_views(torch.zeros(1)))
+    assert torch.allclose(uv[0, 1], torch.tensor([[.2, -.2/1.5], [.3, -.2], [0., 0]])/tan, atol=1e-5)
+    assert torch.allclose(uv[0, 3, 1], torch.tensor([-.15, -.1])/tan, atol=1e-5)
+    assert torch.allclose(uv[0, 0, 0], torch.tensor([0., -.2/1.2])/tan, atol=1e-5)            # azimuth 0 at (0, -1.5, 0): +y is further away, +x to the right
+    assert torch.allclose(height[0, :, 1], torch.tensor([-.3, .5, .3, -.5]), atol=1e-5)
+
+def test_projection_is_the_renderers():
+    "A small Gaussian is drawn at the pixel where `project` says that it is seen, at any C."
+    from dd3g.gaussians import Gaussians
+    at, cams = torch.tensor([[.21, -.33, .18]]), four_views(torch.tensor([30.]), torch.tensor([5.]))
+    g = Gaussians(at, torch.full((1, 3), .01), torch.tensor([[1., 0, 0, 0]]), torch.ones(1, 3), torch.ones(1))
+    a = render(g, cams[0], 64, 0.).alpha[:, 0]
+    x = torch.arange(64)+.5
+    drawn = torch.stack([(a*x).sum((1, 2)), (a*x[:, None]).sum((1, 2))], -1)/a.sum((1, 2))[:, None]
+    assert torch.allclose(drawn, (project(at[None], cams)[0][0, :, 0]+1)*32, atol=.1)
+
+def test_reading_is_bilinear_and_empty_outside():
+    maps = torch.arange(16.).view(1, 1, 1, 4, 4).expand(1, 4, 1, 4, 4)
+    tan = torch.tensor(49.1/2).deg2rad().tan()
+    y = lambda u: [0., (u*1.5*tan).item(), 0.] # is seen at u by the input camera
+    got = look_up(torch.tensor([[y(-.75), y(-.5), y(0.), y(3.)]]), Sight(maps, four_views(torch.zeros(1)))).view(4, 4, 2)[:, 1, 0]
+    assert torch.allclose(got, torch.tensor([6., 6.5, 7.5, 0.]), atol=1e-4) # between rows 1 and 2: column 0 is 4 and 8
+
+def test_turning_the_cameras_turns_what_is_read():
+    maps, at = torch.randn(1, 4, 20, 8, 8), torch.rand(1, 50, 3)-.5
+    c, s = torch.tensor(40.).deg2rad().cos(), torch.tensor(40.).deg2rad().sin()
+    R = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    one, other = (Sight(maps, four_views(torch.tensor([a]))) for a in (0., 40.))
+    assert (look_up(at, one)-look_up(at, other)).abs().mean() > .1
+    assert torch.allclose(look_up(at, one), look_up(at@R.T, other), atol=1e-4) # who turns along reads the same
+
+def test_positions_are_read_in_float32():
+    "Under autocast a place may not move: bf16 cannot tell 1.5 from 1.496."
+    maps, at, cams = torch.randn(1, 4, 20, 32, 32), torch.rand(1, 500, 3)-.5, four_views(torch.tensor([10.]))
+    want = look_up(at, Sight(maps, cams))
+    with torch.autocast('cpu', torch.bfloat16): got = look_up(at, Sight(maps, cams))
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+
+@pytest.mark.parametrize('lookup, part', [('tokens', TokenLookup), ('gaussians', GaussianLookup)])
+def test_gradients_reach_the_lookup(lookup, part):
+    net = shaken(student(lookup=lookup)).requires_grad_().train()
+    net(*inputs(TINY)).color.square().sum().backward()
+    new = [p for m in net.modules() if isinstance(m, part) for p in m.parameters()]
+    assert new and all(p.grad is not None and p.grad.abs().sum() > 0 for p in new)
+
+def test_through_the_lookup_alone_noise_is_heard():
+    "Pattern tokens silenced: what N still changes went through the maps, and gradients of that reach Pattern Extraction."
+    net = shaken(student(lookup='gaussians'))
+    net.pe.tokens = lambda maps: torch.zeros(len(maps), 50, TINY.student.width)
+    image, noise, cams = inputs(TINY)
+    assert not torch.equal(net(image, noise, cams).color, net(image, -noise, cams).color)
+    net.requires_grad_()(image, noise, cams).color.sum().backward()
+    assert net.pe.conv_in.weight.grad.abs().sum() > 0
+    fifth = noise.clone(); fifth[:, -1] += 1 # the picture's frame has no camera
+    assert torch.equal(net(image, noise, cams).color, net(image, fifth, cams).color)
+
+def test_without_lookup_nothing_changed():
+    "Eq. 2 written out: tokens of picture and pattern, one after the other, are all that decoding gets; and a lookup changes no other weight of equal seed."
+    net, (image, noise, cams) = shaken(), inputs(TINY)
+    tokens, nc = net.image_tokens(image), noise_and_cameras(noise, cams, net.latent_encoder(image))
+    by_hand = net.pd(torch.cat([tokens, net.pe(nc, tokens)], 1))
+    assert all(torch.equal(a, b) for a, b in zip(net(image, noise, cams).tensors, by_hand.tensors))
+    assert not [k for k in net.state_dict() if 'at_' in k]
+    for lookup in ('tokens', 'gaussians'):
+        torch.manual_seed(0); plain = PEPD(TINY).state_dict()
+        torch.manual_seed(0); other = PEPD(student(lookup=lookup)).state_dict()
+        assert len(other) > len(plain) and all(torch.equal(v, other[k]) for k, v in plain.items())
+
+def test_older_files_mean_no_lookup():
+    d = json.loads(to_json(SCALES['mini']))
+    assert d['student']['lookup'] == 'gaussians' and {'lookup', 'lookup_hidden'} <= set(OLDER[StudentConfig])
+    for k in ('lookup', 'lookup_hidden'): del d['student'][k]
+    old = from_dict(Config, d)
+    assert old.student.lookup == 'none' and 'lookup' not in [p['part'] for p in summary(old)['parts']]
+
+def test_lookup_is_counted():
+    row = next(p for p in summary(SCALES['mini'])['parts'] if p['part'] == 'lookup')
+    s = SCALES['mini'].student
+    assert row['parameters'] == (21*4+3)*s.lookup_hidden+s.lookup_hidden + s.width*s.lookup_hidden + 7*s.lookup_hidden+7
+    assert row['flops'] == 2*s.lookup_hidden*(s.gaussians*(21*4+3+7)+s.tokens*s.width)
+
+@pytest.mark.parametrize('lookup', ['tokens', 'gaussians'])
+def test_lookup_in_half_precision_and_autocast(lookup):
+    net, x = shaken(student(lookup=lookup)), inputs(TINY)
+    want, half = net(*x), in_bf16(net)(*x)
+    with torch.autocast('cpu', torch.bfloat16): auto = net(*x)
+    for g in (half, auto): assert g.mu.dtype == torch.float32 and (g.mu-want.mu).abs().max() < .03 and (g.color-want.color).abs().max() < .05
+
+def test_lookup_needs_maps():
+    with pytest.raises(UserError, match='give --student.lookup none'): check(student(pattern='constant', lookup='gaussians'))
+    check(student(pattern='shuffled', lookup='gaussians'))
+    with pytest.raises(UserError, match='student.lookup'): check(student(lookup='pixels'))
+
+def test_noise_is_shuffled_in_training_only():
+    net, (image, noise, cams) = shaken(student(pattern='shuffled')), inputs(TINY, 3)
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors))
+    assert same(net(image, noise, cams), shaken()(image, noise, cams)) # the weights of `pe`, and in use its Gaussians
+    assert same(net.train()(image, noise, cams), net.eval()(image, noise[[2, 0, 1]], cams))
+    assert not same(net.train()(image, noise, cams), net.eval()(image, noise, cams))

@@ -1,14 +1,16 @@
 "Measuring: what was not measured is absent, what failed takes nothing with it, and the plan reads records alone."
+import os, subprocess, sys
+
 import pytest
 import torch
 
 from dd3g.bench import main
 from dd3g.cameras import ring, view_cameras
 from dd3g.config import SCALES
-from dd3g.core import ROOT, UserError, machine, read_records
+from dd3g.core import ROOT, UserError, read_records
 from dd3g.generate import Generator
 from dd3g.render import render
-from dd3g.speed import Clock, Rehearsal, bench_plan, example, forward_of, newest, plan_hours, rate_alone, step_parts, untrained, within
+from dd3g.speed import Clock, Rehearsal, bench_plan, example, forward_of, newest, plan_hours, step_parts, untrained, within
 
 TINY = SCALES['tiny']
 
@@ -76,12 +78,14 @@ def test_newer_numbers_replace_older_ones():
     rows = [known(bench='a', value=1., batch=2), known(bench='a', value=2., batch=2), known(bench='a', value=3., batch=4), known(what='a', value=4., batch=4)]
     assert [r['value'] for r in newest(rows)] == [2., 4.]
 
-def test_efficiency_needs_the_number_of_one():
-    "Same conditions, same device, one process; how many CPU threads there were does not matter."
-    what = dict(objective='joint', precision='bf16', compiled=True, gaussians=5, lpips='random-vgg', batch=48, processes=4, threads=1)
-    one = dict(what, bench='train.samples_per_s', batch=12, processes=1, threads=16, value=25., device=machine()['device'])
-    assert rate_alone([], what) is None and rate_alone([dict(one, compiled=False), dict(one, batch=48), dict(one, device='other')], what) is None
-    assert rate_alone([one, dict(one, value=26.)], what) == 26.
+def test_efficiency_of_two_processes(tmp_path):
+    "Under torchrun: one record of each number, and the rate of one process alone from the same run."
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'dd3g.bench', 'train', '--batch', '2', '--repeats', '1', '--objectives', 'explicit', '--records', str(tmp_path)]
+    r = subprocess.run(cmd, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=300)
+    rows = {x['bench']: x for x in read_records('bench', tmp_path)}
+    assert r.returncode == 0 and list(rows) == ['train.warmup_s', 'train.samples_per_s', 'train.scaling_efficiency'], r.stderr[-2000:]
+    e, rate = rows['train.scaling_efficiency'], rows['train.samples_per_s']
+    assert (rate['processes'], rate['batch']) == (2, 4) and 0 < e['value'] and e['value'] == pytest.approx(rate['value']/(2*e['alone_per_s']), rel=1e-2)
 
 @pytest.mark.cuda
 def test_recording_replays_the_forward_pass():
