@@ -7,10 +7,9 @@ __all__ = ['SCALES', 'OLDER', 'Cfg', 'ViewConfig', 'AutoencoderConfig', 'Encoder
            'SplatterConfig', 'TgsConfig', 'StudentConfig', 'LossConfig', 'FitConfig', 'Config', 'whole_numbers',
            'check', 'to_json', 'from_dict', 'config_hash', 'parse']
 
-# %% ../nbs/01_config.ipynb #a1744cfe
+# %% ../nbs/01_config.ipynb #c217b4c1
 import dataclasses, json, math, sys, typing
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import tyro
 
@@ -159,7 +158,7 @@ class StudentConfig:
     @property
     def gaussians(self): return self.tokens*self.gaussians_per_token if self.backbone == 'pepd' else getattr(self, self.backbone).gaussians
 
-# %% ../nbs/01_config.ipynb #29d29954
+# %% ../nbs/01_config.ipynb #24bbe5b6
 @dataclass(frozen=True)
 class LossConfig:
     "Joint optimisation (Sec. III-C)."
@@ -182,7 +181,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class FitConfig:
     "One run of the training loop."
-    steps:int=100_000          # optimiser updates
+    steps:int=100_000          # optimiser updates; the paper does not say how many
     batch:int=72               # samples an update, over all processes (Sec. IV-A)
     lr:float=1e-5              # Adam's learning rate (Sec. IV-A)
     warmup:int=0               # updates over which the rate rises from zero

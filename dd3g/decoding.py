@@ -73,7 +73,7 @@ def logit(
     "Inverse of the sigmoid."
     return math.log(p/(1-p))
 
-# %% ../nbs/32_decoding.ipynb #66c00ae6
+# %% ../nbs/32_decoding.ipynb #73ea9c5f
 class ProgressiveDecoding(nn.Module):
     "Phase two of PEPD, p_2 of Eq. 2: tokens to Gaussians."
     def __init__(self,
@@ -113,6 +113,7 @@ class ProgressiveDecoding(nn.Module):
         x:Tensor,         # image tokens then pattern tokens: (B, T, D)
         sight:Sight=None, # what a lookup reads
     )->Gaussians:         # world frame: (B, T*K)
+        assert self.cfg.lookup == 'none' or sight is not None, 'a lookup needs maps to look at'
         x,seen,raw,read = x + self.embed,{},{},0.
         if self.at_tokens is not None: x = x + self.at_tokens(self.anchor[None], sight)  # (B, T, D)
         near = neighbours(self.anchor.float()[None], self.cfg.pd_k)                      # (1, T, k): all objects share their anchors

@@ -44,13 +44,13 @@ def read_at(
     uv  = (x[..., :2, :]/x[..., 2:, :].clamp_min(1e-3)*(float(cams.K(S)[0, 0])/(S/2))).mT
     return F.grid_sample(pics.flatten(0, 1), uv.flatten(0, 1)[:, None], align_corners=False)[:, :, 0].mT.unflatten(0, (B, V))
 
-# %% ../nbs/55_lift.ipynb #2e714bd1
+# %% ../nbs/55_lift.ipynb #51f154e7
 @dataclass(frozen=True)
 class LiftConfig:
     "How objects are fitted."
     gaussians:int=4096       # per object
     steps:int=300            # of Adam
-    views:int=4              # drawn in each step, chosen among those given
+    drawn:int=4              # views in each step, chosen among those given
     lr:float=.05             # of scales, rotations, colours and opacities, before their activations
     lr_mu:float=.006         # of centres, world units
     grid:int=40              # voxels along a side of the ball's box, for the beginning
@@ -102,7 +102,7 @@ def made(
     "Numbers to Gaussians."
     return Gaussians.from_raw(raw['mu'], raw['s'], raw['q'], raw['c'], raw['a'], cfg.scale_range)
 
-# %% ../nbs/55_lift.ipynb #b0c10582
+# %% ../nbs/55_lift.ipynb #01d7966d
 def guess_cover(
     rgb:Tensor,        # pictures on a plain background: (..., 3, S, S)
     background=1.,     # its grey
@@ -115,6 +115,7 @@ def guess_cover(
     m = cut(grow(m, 2), 2)
     return m, cut(m, 1)+1-grow(m, 1)
 
+@torch.enable_grad() # also where somebody only judges
 def lift(
     rgb:Tensor,        # pictures on a plain background, 0..1: (B, V, 3, S, S)
     cams:Cameras,      # (B, V)
@@ -131,7 +132,7 @@ def lift(
     opt  = torch.optim.Adam([dict(params=[v], lr=cfg.lr_mu if k == 'mu' else cfg.lr) for k, v in raw.items()], betas=(.9, .99))
     slow = torch.optim.lr_scheduler.LinearLR(opt, 1., .1, cfg.steps)
     for i in tqdm(range(cfg.steps), desc=f'fitting {B}', disable=quiet, file=sys.stderr):
-        v = torch.randperm(V, generator=gen)[:cfg.views].tolist()
+        v = torch.randperm(V, generator=gen)[:cfg.drawn].tolist()
         plain = sure is not None and i % 2 == 0
         grey  = torch.full((B, 1), float(background), device=rgb.device) if plain else torch.rand(B, 1, generator=gen).to(rgb.device)
         want  = rgb[:, v] if plain else rgb[:, v]+(grey-background)[..., None, None, None]*(1-alpha[:, v])
@@ -238,7 +239,7 @@ def read_views(
     if opaque and not ((rgb-background).abs().amax(1) < .06).any(): raise UserError(f'{files[0].parent}: pictures without alpha, and nothing in them is of the background {background:g}; give --background, or pictures with alpha')
     return rgb, None if opaque else x[:, 3:]
 
-# %% ../nbs/55_lift.ipynb #9cf0aa70
+# %% ../nbs/55_lift.ipynb #c6626921
 def save_fit(
     a:LiftArgs, name:str, g:Gaussians, rgb:Tensor, cams:Cameras, # one object: (G,), (V, 3, S, S), (V,)
 )->float: # PSNR at the views given
@@ -263,7 +264,7 @@ def from_teacher(a:LiftArgs, dev): # -> names, views (n, V, 3, S, S), cameras (n
 def run(a:LiftArgs):
     "Read, fit, write."
     if bool(a.views) == bool(a.pictures) or bool(a.pictures) != bool(a.teacher): raise UserError('name either --views, or --pictures and --teacher; see python -m dd3g.lift --help')
-    for k in ('gaussians', 'steps', 'views', 'grid'):
+    for k in ('gaussians', 'steps', 'drawn', 'grid'):
         if getattr(a.fit, k) < 1: raise UserError(f'--{k} {getattr(a.fit, k)}: at least 1')
     dev, jobs = device(), []
     if a.pictures: jobs = [(n, x, None, c, cfg) for n, x, c, cfg in (lambda names, rgb, cams, cfg: [(n, rgb[i], cams[i], cfg) for i, n in enumerate(names)])(*from_teacher(a, dev))]

@@ -10,12 +10,12 @@ __all__ = ['METRICS', 'PAPER', 'SAID', 'OWN', 'COMMAND', 'NEEDS', 'IDENTITY', 'L
            'cell', 'seeds_cell', 'grid', 'page', 'tally', 'line_of', 'lpips_name', 'three_sets', 'runs_grid',
            'ablation', 'fastest', 'shipped_rows', 'table_one', 'six', 'shipped_grid', 'methods_grid', 'replaced',
            'went_wrong', 'curve', 'curves', 'teacher_page', 'quadruples_page', 'speed_page', 'plan_of', 'study_page',
-           'canvas', 'dots', 'plot_ablations', 'plot_curves', 'plot_speed', 'plot_teacher', 'as_jpeg', 'strip_of',
-           'plot_strip', 'figures_page', 'Claim', 'verdict_of', 'named', 'missing', 'pick', 'place', 'beats', 'all_of',
-           'unstable', 'fails', 'above', 'same', 'climbs', 'fast_enough', 'faster_than_teacher', 'count_of_gaussians',
-           'gpu_hours', 'rolled_twice', 'figure_numbers', 'smooth_path', 'less_diverse', 'people_prefer',
-           'other_systems', 'mislabelled', 'untestable', 'ledger', 'made', 'picture_gap', 'write', 'compare',
-           'PaperArgs', 'main']
+           'stamped', 'canvas', 'dots', 'plot_ablations', 'plot_curves', 'plot_speed', 'plot_teacher', 'as_jpeg',
+           'strip_of', 'plot_strip', 'figures_page', 'Claim', 'verdict_of', 'named', 'missing', 'pick', 'place',
+           'beats', 'on_equal_data', 'all_of', 'unstable', 'fails', 'above', 'same', 'climbs', 'fast_enough',
+           'faster_than_teacher', 'count_of_gaussians', 'gpu_hours', 'rolled_twice', 'figure_numbers', 'smooth_path',
+           'less_diverse', 'people_prefer', 'other_systems', 'mislabelled', 'untestable', 'ledger', 'made',
+           'picture_gap', 'write', 'compare', 'PaperArgs', 'main']
 
 # %% ../nbs/80_paper.ipynb #3fba8e54
 import difflib, json, math, statistics
@@ -139,7 +139,7 @@ def seeds_of(
     table, row, budget = (*who, 'steps')[:3]
     return best_rate([r for r in book.of('run', table=table, row=row, scale=book.scale) if r.get('budget', 'steps') == budget])
 
-# %% ../nbs/80_paper.ipynb #a853f461
+# %% ../nbs/80_paper.ipynb #14ab604e
 @dataclass(frozen=True)
 class Value:
     "A number with what is known of its noise."
@@ -156,6 +156,7 @@ class Value:
     @property
     def half(self): return None if self.low is None else (self.high-self.low)/2
 
+# %% ../nbs/80_paper.ipynb #6bb4d31a
 def judged(
     book:Book,
     who,      # (table, row[, budget]), or a method's name
@@ -175,6 +176,7 @@ def lpips_of(
     have = [k for k in record.get(mode, {}) if 'LPIPS' in k]
     return min(have, key=lambda k: (k[0] == 'r', 'vgg' not in k, k), default=None)
 
+# %% ../nbs/80_paper.ipynb #7fc4adb6
 def value_of(
     book:Book,
     who,        # (table, row[, budget]), or a method's name
@@ -200,7 +202,7 @@ def value_of(
     last = found[-1][2]
     return Value(tuple(x[0] for x, _, _ in found), *((statistics.fmean(x[i] for x in three) for i in (1, 2)) if three else (None, None)), per, (last.get('protocol_hash'), last.get('objects_hash')), last.get('n'))
 
-# %% ../nbs/80_paper.ipynb #da1b1c34
+# %% ../nbs/80_paper.ipynb #c69b62c6
 LESS_IS_BETTER = ('lpips', 'energy', 'spread', 'gflops')
 
 @dataclass(frozen=True)
@@ -236,9 +238,11 @@ def paired_half(
 )->float:            # half the 95 % interval of the mean difference
     "Bootstrap over objects, in pairs."
     d = np.subtract(a, b)
-    low, high = np.percentile(d[np.random.default_rng(0).integers(0, len(d), (draws, len(d)))].mean(1), [2.5, 97.5])
+    # RandomState: numpy promises that its numbers never change, so tables are equal everywhere
+    low, high = np.percentile(d[np.random.RandomState(0).randint(0, len(d), (draws, len(d)))].mean(1), [2.5, 97.5])
     return float(high-low)/2
 
+# %% ../nbs/80_paper.ipynb #aa7927d9
 def seed_noise(
     book:Book,
     rows:list,  # `who` of both rows
@@ -270,10 +274,10 @@ def differ(
     elif x.half is not None and y.half is not None: noise = math.hypot(x.half, y.half)
     return Difference(metric, x, y, seed_noise(book, [a, b], metric, on), noise, sign or (-1 if metric.rpartition('.')[2] in LESS_IS_BETTER else 1))
 
-# %% ../nbs/80_paper.ipynb #a97a2249
+# %% ../nbs/80_paper.ipynb #c557ff89
 def cell(
-    v:Optional[Value],
-    metric:str='psnr',
+    v:Optional[Value], # None: a dash
+    metric:str='psnr', # says how many decimals
 )->str: # mean and interval, or a dash
     "A number as a table shows it."
     if v is None: return '–'
@@ -281,7 +285,7 @@ def cell(
     return f'{v.mean:.{d}f}'+('' if v.low is None else f' [{v.low:.{d}f}, {v.high:.{d}f}]')
 
 def seeds_cell(
-    v:Optional[Value],
+    v:Optional[Value], # None: a dash
 )->str: # how many, and from where to where
     "The spread over seeds."
     return '–' if v is None else '1' if len(v.seeds) == 1 else f'{len(v.seeds)}: {min(v.seeds):.2f} to {max(v.seeds):.2f}'
@@ -304,7 +308,7 @@ def page(
     mark = 'MADE UP: a rehearsal, nothing here was measured.' if book.made_up else ''
     return '\n\n'.join(p for p in (f'# {title}', mark and f'**{mark}**', *parts) if p)+'\n'
 
-# %% ../nbs/80_paper.ipynb #c11638ba
+# %% ../nbs/80_paper.ipynb #13f3ed2b
 def tally(
     runs:list,  # records of runs
     key:str,    # diverged, skipped or spikes
@@ -313,8 +317,8 @@ def tally(
     return '–' if not runs else f'{sum(bool(r.get(key)) for r in runs)} of {len(runs)}' if key == 'diverged' else str(sum(r.get(key) or 0 for r in runs))
 
 FLOORS   = ('white', 'billboard', 'mean object')
-CEILINGS = ('teacher lifted', 'true views lifted', 'true views student')
-SETS     = {'YCB': 'YCB, 18 scanned objects (the paper: Google Scanned Objects)', 'bricks': 'Brick sets (the paper: RTMV-bricks)', 'held-out': 'Held-out training objects'}
+CEILINGS = {'teacher': 'the teacher, at its own four views', 'teacher lifted': 'its four views, lifted', 'true views student': 'a student of true views', 'true views lifted': 'true views, lifted'}
+SETS     = {'YCB': 'YCB, 18 scanned objects (the paper: Google Scanned Objects)', 'bricks': 'Brick sets (the paper: RTMV-bricks)', 'held-out': 'Held-out objects, of families that nothing was trained on'}
 
 def line_of(
     book:Book,
@@ -336,23 +340,26 @@ def lpips_name(
     "Which LPIPS a table shows."
     return next((k for w in lines for r in judged(book, w, on) if (k := lpips_of(r, book.mode))), 'LPIPS')
 
-ALSO = {'unaligned.psnr': 'PSNR, not turned', 'mean_of_k_psnr': 'mean of 8, PSNR', 'best_of_k_psnr': 'best of 8, PSNR', 'energy': 'energy distance to the teacher', 'sharpness': 'sharpness', 'iou': 'IoU', 'chroma': 'chroma', 'white': 'white Gaussians', 'transparent': 'transparent Gaussians'}
+ALSO = {'unaligned.psnr': 'PSNR, not turned', 'mean_of_k_psnr': 'mean of {k}, PSNR', 'best_of_k_psnr': 'best of {k}, PSNR', 'teacher_mean_of_k_psnr': 'teacher, mean of {k}, PSNR', 'own_psnr': 'to the teacher\'s own sample, PSNR', 'diversity': 'diversity', 'energy': 'energy distance to the teacher', 'sharpness': 'sharpness', 'iou': 'IoU', 'chroma': 'chroma', 'white': 'white Gaussians', 'transparent': 'transparent Gaussians'}
 METER = {'meter.psnr': 'own OI, PSNR', 'meter.unseen_psnr': 'unseen views, PSNR', 'meter.own_n': 'own-N rate', 'meter.amplitude': 'spread over N, student/teacher'}
 
+# %% ../nbs/80_paper.ipynb #7b0052d0
 def three_sets(
     book:Book,
     lines:list, # (who, label, the paper's three)
 )->list:        # of Markdown
     "A grid for each set of test objects that was judged; what else was measured on them."
     out = []
-    extra = [(m, f'*{m}*', ()) for m in (*FLOORS, *CEILINGS)]
+    extra = [(m, f'*{CEILINGS.get(m, m)}*', ()) for m in (*FLOORS, *CEILINGS)]
     for on, name in SETS.items():
         here = any(judged(book, w, on) for w, _, _ in lines)
         if not here and on != 'YCB': continue
         shown = lines+[x for x in extra if here and judged(book, x[0], on)]
         head  = ['', 'PSNR, paper', 'PSNR', 'SSIM, paper', 'SSIM', 'LPIPS, paper', lpips_name(book, [w for w, _, _ in shown], on), 'seeds: PSNR']
         out  += [f'**{name}**', grid(head, [line_of(book, w, l, on, p if on == 'YCB' else ()) for w, l, p in shown])]
-        if here: out.append(grid(['also', *ALSO.values()], [[l, *(cell(value_of(book, w, m, on), m) for m in ALSO)] for w, l, _ in shown if judged(book, w, on)]))
+        k = next((r['samples'] for w, _, _ in lines for r in judged(book, w, on) if 'samples' in r), 'k')
+        if not here: out.append(f'Not judged on {on} yet: {book.command}.')
+        else: out.append(grid(['also', *(x.format(k=k) for x in ALSO.values())], [[l, *(cell(value_of(book, w, m, on), m) for m in ALSO)] for w, l, _ in shown if judged(book, w, on)]))
     return out
 
 def runs_grid(
@@ -364,6 +371,7 @@ def runs_grid(
     rows = [[l, *(cell(value_of(book, w, m), m) for m in METER), tally(rs, 'diverged'), *facts(rs[0])] for w, l, *_ in lines if (rs := seeds_of(book, w))]
     return ['**The runs, on held-out quadruples**', grid(['', *METER.values(), 'diverged', 'learning rate', 'steps', 'samples', 'seconds', 'parameters', 'Gaussians', 'GFLOPs'], rows)] if rows else []
 
+# %% ../nbs/80_paper.ipynb #91b4fea0
 def ablation(
     book:Book,
     table:str, # II, III or IV
@@ -381,7 +389,7 @@ def ablation(
 
 RULES = 'Each row at its best learning rate, chosen by PSNR on held-out quadruples. "seeds" are the number of runs, and PSNR from the lowest to the highest. Rows without a number have not been run.'
 
-# %% ../nbs/80_paper.ipynb #0bb7f837
+# %% ../nbs/80_paper.ipynb #12959225
 def fastest(
     book:Book,
     name:str,   # of a measurement in bench.jsonl
@@ -415,6 +423,7 @@ def table_one(
         *(ours or ['Nothing has been judged yet: `python -m dd3g.evaluate --objects DIR --record`.']), speed,
         'SI, TGS, DG, LGM and V3D have not been run by us. Their outputs can be judged by `python -m dd3g.evaluate --objects DIR --method NAME --plys DIR`.')
 
+# %% ../nbs/80_paper.ipynb #d267136f
 def six(
     name:str, # which LPIPS
 )->list:      # column names of both sets
@@ -439,7 +448,7 @@ def methods_grid(
 )->list: # of Markdown; empty if nothing was judged
     "The long runs of a scale, other methods, floors and ceilings."
     runs = [(('main', r), f'long run, {r}') for r in dict.fromkeys(r['row'] for r in book.of('run', table='main', scale=book.scale))]
-    runs += [(m, f'*{m}*' if m in FLOORS+CEILINGS else m) for m in dict.fromkeys(r['method'] for k in ('eval', 'floor', 'ceiling') for r in book.of(k, scale=book.scale) if r.get('method') and not r.get('run'))]
+    runs += [(m, f'*{CEILINGS.get(m, m)}*' if m in (*FLOORS, *CEILINGS) else m) for m in dict.fromkeys(r['method'] for k in ('eval', 'floor', 'ceiling') for r in book.of(k, scale=book.scale) if r.get('method') and not r.get('run'))]
     rows = [[name, *(cell(value_of(book, w, m, on), m) for on in ('YCB', 'bricks') for m in METRICS)] for w, name in runs]
     return [f'Scale `{book.scale}`, judged by `dd3g.reproduce`:', grid(six(lpips_name(book, [w for w, _ in runs], 'YCB')), rows)] if rows else []
 
@@ -450,14 +459,14 @@ def replaced(
     "The same records, seen at another scale."
     return book if scale == book.scale else Book(book.root, scale, book.mode)
 
-# %% ../nbs/80_paper.ipynb #1b7213b9
+# %% ../nbs/80_paper.ipynb #6a8a25bd
 WRONG = { # row -> (the paper's words, the row it is held against, what to look at)
     'concat':            ('"unstable training process"', ('III', 'explicit'), 'Sec. IV-C'),
     'implicit t 20-300': ('"fails to converge"', ('III', 'implicit'), 'Sec. IV-C'),
     'white background':  ('"many white 3D Gaussians"', ('III', 'joint'), 'Sec. III-C'),
     'constant beta':     ('early on, no "effective gradients"', ('III', 'joint'), 'Sec. III-C'),
     'no L_on':           ('"excessive number of transparent 3D Gaussians"', ('III', 'joint'), 'Sec. III-C'),
-    'all heads last':    ('"challenging to generate all [attributes] at once"', ('III', 'explicit'), 'Sec. III-A, III-B')}
+    'all heads last':    ('"challenging to generate all 3D Gaussians at once"', ('III', 'explicit'), 'Sec. III-A, III-B')}
 
 def went_wrong(
     book:Book,
@@ -470,6 +479,7 @@ def went_wrong(
     return page(book, 'What the paper says went wrong', f'One seed each, scale `{book.scale}`, YCB. "white" is the share of Gaussians that are white and not transparent.', none,
         grid(['', 'the paper', 'where', 'diverged', 'skipped updates', 'spikes', 'PSNR', 'PSNR to own OI', 'PSNR to unseen views', 'white', 'transparent', 'chroma', 'sharpness'], rows))
 
+# %% ../nbs/80_paper.ipynb #767e9216
 CURVES = dict(quadruples='quadruples', size='parameters', premise='training objects with true views, %')
 
 def curve(
@@ -495,7 +505,7 @@ def curves(
         parts += [f'**{t}**', grid([name, 'row', 'seeds: PSNR', 'PSNR', 'SSIM', 'LPIPS', 'PSNR to own OI', 'own-N rate'], rows) if rows else f'Not run yet: {book.command}.']
     return page(book, 'Curves that the paper has not', f'Scale `{book.scale}`, YCB.', '![curves](curves.jpg)' if plot_curves(book) else '', *parts)
 
-# %% ../nbs/80_paper.ipynb #91957e82
+# %% ../nbs/80_paper.ipynb #2b828641
 def teacher_page(
     book:Book,
 )->str: # Markdown
@@ -522,6 +532,7 @@ def quadruples_page(
     rows = [[r.get('scale', ''), r['set'], f'{r["n"]:,}' if 'n' in r else '–', *(str(r.get(k, '–')) for k in ('pictures', 'families', 'teacher', 'hash', 'megabytes', 'device'))] for r in book.of('quadruples')]
     return page(book, 'Quadruples', f'The paper: {SAID["quadruples"]:,} of {SAID["pictures"]:,} pictures. Quadruples are made again from seeds, never shipped; the hash is over all of a set.', grid(['scale', 'set', 'quadruples', 'pictures', 'families', 'teacher', 'hash', 'MB', 'device'], rows) if rows else f'Not run yet: {book.command}.')
 
+# %% ../nbs/80_paper.ipynb #44da3ce9
 MEASURED = {'generate.latency_ms': 'picture to Gaussians', 'generate.objects_per_s': 'pictures at once', 'generate.cold_start_s': 'the whole program', 'rollout.quadruples_per_s': 'teacher, rolling out', 'rollout.reference_quadruples_per_s': 'the published loop, rolling out', 'train.samples_per_s': 'training', 'render.gsplat_forward_backward_ms': 'rendering, forward and backward'}
 
 def speed_page(
@@ -557,18 +568,29 @@ def study_page(
         grid(['method', f'mark of {real[-1]["raters"]} raters, {real[-1]["objects"]} objects'], rows) if rows else 'No study has been held: `python -m dd3g.study build DIR...`, then `serve`, then `analyse --record study`.',
         grid(['method', 'CLIP similarity'], [[m, f'{r["mean"]:.4f} [{r["interval95"][0]:.4f}, {r["interval95"][1]:.4f}]'] for m, r in sims.items()]) if sims else 'CLIP similarity has not been recorded: `python -m dd3g.clip --plys DIR --inputs DIR --record clip`.')
 
-# %% ../nbs/80_paper.ipynb #07b83d2e
+# %% ../nbs/80_paper.ipynb #5c919909
+def stamped(
+    fig,       # a matplotlib figure
+    book:Book,
+): # the figure
+    "Say it in the picture if its numbers are made up."
+    if book.made_up: fig.text(.995, .01, 'MADE UP', ha='right', va='bottom', fontsize=9, color='crimson', weight='bold')
+    return fig
+
 def canvas(
+    book:Book,       # of the numbers
     n:int=1,         # panels
-    size=(3.3, 2.6), # of each, inches
+    size=(264, 208), # of each, pixels
+    edge=(56, 40, 12, 16), # left, below, right, above: room for labels, pixels
 ): # figure, list of axes
-    "A figure outside pyplot: no state, no backend."
+    "A figure outside pyplot: no state, no backend, nothing that moves with the size of letters."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(size[0]*n, size[1]), dpi=80, layout='constrained')
-    return fig, [fig.add_subplot(1, n, i+1) for i in range(n)]
+    (w, h), (l, b, r, t) = size, edge
+    fig = Figure(figsize=(w*n/80, h/80), dpi=80)
+    return stamped(fig, book), [fig.add_axes(((i*w+l)/(n*w), b/h, (w-l-r)/(n*w), (h-b-t)/h)) for i in range(n)]
 
 def dots(
-    ax,
+    ax,           # matplotlib axes
     at:list,      # places on the axis of rows
     values:list,  # of Value or None
     upright=True, # values run upwards
@@ -582,19 +604,20 @@ def dots(
         ax.errorbar(*put(x, v.mean), **{('yerr' if upright else 'xerr'): span}, fmt='o', ms=4, lw=1, capsize=2, **kw)
         ax.scatter(*put([x]*len(v.seeds), list(v.seeds)), s=4, c='k', zorder=3)
 
+# %% ../nbs/80_paper.ipynb #8b9addfb
 def plot_ablations(
     book:Book,
 ): # a matplotlib figure, or None
     "Tables II to IV, PSNR: the paper's steps beside ours."
     tables = [t for t in ('II', 'III', 'IV') if any(value_of(book, (t, k), 'psnr') for k in PAPER[t]['rows'])]
     if not tables: return None
-    fig, axes = canvas(len(tables), (3.6, 2.8))
+    fig, axes = canvas(book, len(tables), (288, 224), (96, 24, 12, 40))
     for ax, t in zip(axes, tables):
         rows = PAPER[t]['rows'] | ({k: (v,) for k, v in OWN.items()} if t == 'II' else {})
         at = list(range(len(rows)))
         dots(ax, at, [value_of(book, (t, k), 'psnr') for k in rows], False, color='C0')
         ax.scatter([r[1] for r in rows.values() if len(r) > 1], [i for i, r in zip(at, rows.values()) if len(r) > 1], marker='x', s=18, c='C3')
-        ax.set_yticks(at, [k if t == 'II' else r[0].split(' (')[0] if t == 'III' else k for k, r in rows.items()], fontsize=7); ax.invert_yaxis()
+        ax.set_yticks(at, [k if t == 'II' else r[0].split(' (')[0] if t == 'III' else k for k, r in rows.items()], fontsize=7); ax.set_ylim(len(rows)-.5, -.5)
         ax.set_title(f'Table {t}: PSNR, dB\no ours, YCB   x the paper, GSO', fontsize=8); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -605,27 +628,29 @@ def plot_curves(
     there = {t: [(x, v) for x, _, who in curve(book, t) if (v := value_of(book, who, 'psnr'))] for t in CURVES}
     there = {t: p for t, p in there.items() if sum(x is not None for x, _ in p) > 1}
     if not there: return None
-    fig, axes = canvas(len(there))
+    fig, axes = canvas(book, len(there))
     for ax, (t, points) in zip(axes, there.items()):
         known = [(x, v) for x, v in points if x is not None]
         ax.plot([x for x, _ in known], [v.mean for _, v in known], lw=1, c='C0'); dots(ax, *map(list, zip(*known)), color='C0')
         for x, v in points:
-            if x is None: ax.axhspan(v.low or v.mean, v.high or v.mean, color='C1', alpha=.15, lw=0); ax.axhline(v.mean, c='C1', lw=1, label='distilled'); ax.legend(fontsize=7, frameon=False)
+            if x is None: ax.axhspan(v.low or v.mean, v.high or v.mean, color='C1', alpha=.15, lw=0); ax.axhline(v.mean, c='C1', lw=1); ax.text(known[0][0], v.mean, 'distilled', fontsize=7, c='C1', va='bottom')
         ax.set_xscale('log'); ax.set_xlabel(CURVES[t], fontsize=8); ax.set_ylabel('PSNR on YCB, dB', fontsize=8); ax.tick_params(labelsize=7, which='both'); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
+# %% ../nbs/80_paper.ipynb #9ed62f58
 def plot_speed(
     book:Book,
 ): # a matplotlib figure, or None
     "GPU-hours of the whole run, and where they go."
     plan = plan_of(book)
     if not plan: return None
-    fig, (ax,) = canvas(size=(4.6, 2.6))
+    fig, (ax,) = canvas(book, size=(368, 208))
     at = list(range(len(plan)))
-    ax.bar(at, [r['rollout_hours'] for r in plan], label='rolling out'); ax.bar(at, [r['training_hours'] for r in plan], bottom=[r['rollout_hours'] for r in plan], label='training')
-    ax.axhline(SAID['gpu_hours'], c='C3', lw=1, ls='--', label='the paper, A100-hours, passes unknown')
+    ax.bar(at, [r['rollout_hours'] for r in plan]); ax.bar(at, [r['training_hours'] for r in plan], bottom=[r['rollout_hours'] for r in plan])
+    ax.axhline(SAID['gpu_hours'], c='C3', lw=1, ls='--')
+    for y, c, text in ((SAID['gpu_hours']*.93, 'C3', 'the paper: A100-hours, passes unknown'), (1500, 'C1', 'training'), (1200, 'C0', 'rolling out')): ax.text(-.4, y, text, fontsize=7, c=c, va='center')
     ax.set_xticks(at, [f'{r["epochs"]:g}' for r in plan]); ax.set_xlabel(f'passes over {SAID["quadruples"]:,} quadruples', fontsize=8); ax.set_ylabel(f'hours of one {plan[0]["of"]}', fontsize=8)
-    ax.tick_params(labelsize=7); ax.legend(fontsize=7, frameon=False, loc='center right'); ax.spines[['top', 'right']].set_visible(False)
+    ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 def plot_teacher(
@@ -634,11 +659,13 @@ def plot_teacher(
     "PSNR of each class of view over guidance."
     sweeps = [r for r in book.of('teacher') if r.get('sweep')]
     if not sweeps: return None
-    fig, axes = canvas(len(sweeps))
+    fig, axes = canvas(book, len(sweeps), (288, 208), (56, 40, 36, 16))
     for ax, r in zip(axes, sweeps):
         keys = [k for k in r['sweep'][0][1] if k.split('_')[0] in ('front', 'side', 'back') and k.partition('_')[2] in ('', 'mean_of_4', 'mean_of_8')]
-        for k in keys: ax.plot([g for g, _ in r['sweep']], [x.get(k) for _, x in r['sweep']], 'o-' if '_' not in k else 's:', ms=3, lw=1, label=k.replace('_', ' '))
-        ax.set_title(r['scale'], fontsize=8); ax.set_xlabel('guidance', fontsize=8); ax.set_ylabel('PSNR, dB', fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=6, frameon=False); ax.spines[['top', 'right']].set_visible(False)
+        for k in keys:
+            line, = ax.plot([g for g, _ in r['sweep']], [x.get(k) for _, x in r['sweep']], 'o-' if '_' not in k else 's:', ms=3, lw=1)
+            if '_' not in k: ax.text(r['sweep'][-1][0], r['sweep'][-1][1].get(k), f'  {k}', fontsize=7, va='center', c=line.get_color())
+        ax.set_title(f'{r["scale"]}; squares: mean of several samples', fontsize=8); ax.set_xlabel('guidance', fontsize=8); ax.set_ylabel('PSNR, dB', fontsize=8); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 def as_jpeg(
@@ -649,7 +676,7 @@ def as_jpeg(
     buf = io.BytesIO(); fig.savefig(buf, format='jpg', pil_kwargs=dict(quality=85))
     return buf.getvalue()
 
-# %% ../nbs/80_paper.ipynb #d588bb7a
+# %% ../nbs/80_paper.ipynb #6e0b26d7
 FIGURES = {'6': 'Backbones, explicit supervision (Sec. IV-C)', '7': 'Objectives (Sec. IV-C)', '9': 'From one picture to another with fixed N (Sec. IV-F)', '10': 'One picture, different N (Sec. IV-G)'}
 
 def strip_of(
@@ -678,7 +705,7 @@ def plot_strip(
     ax  = fig.add_axes((left/(left+w), 0, w/(left+w), h/(top+h))); ax.imshow(pic, interpolation='nearest', aspect='auto'); ax.axis('off')
     for i, x in enumerate(rows): ax.text(-6, h*(i+.5)/len(rows), x, ha='right', va='center', fontsize=7)
     for i, x in enumerate(cols): ax.text(w*(i+.5)/len(cols), -4, x, ha='center', va='bottom', fontsize=7)
-    return fig
+    return stamped(fig, book)
 
 def figures_page(
     book:Book,
@@ -694,7 +721,7 @@ def figures_page(
         if flat: parts.append(grid(['number', 'value'], [[a, f'{y:.4g}' if isinstance(y, (int, float)) else str(y)] for a, y in flat.items()]))
     return page(book, 'Figures 6, 7, 9 and 10', f'Scale `{book.scale}`. Figure 8 (photographs) has no ground truth and no record.', *parts)
 
-# %% ../nbs/80_paper.ipynb #243c44bd
+# %% ../nbs/80_paper.ipynb #b698a4c7
 VERDICTS = ('reproduced', 'not reproduced', 'contradicted', 'not testable here', 'not run yet')
 
 @dataclass(frozen=True)
@@ -736,6 +763,7 @@ def pick(
     "The row that there is."
     return next((w for w in who if seeds_of(book, w)), who[0]) if isinstance(who, list) else who
 
+# %% ../nbs/80_paper.ipynb #cb43fd0a
 def place(
     metrics:tuple, # of a comparison
     on:str,        # set
@@ -754,9 +782,21 @@ def beats(
     def judge(book):
         x, y = pick(book, a), pick(book, b)
         found = [differ(book, x, y, m, on, sign) for m in metrics]
-        if any(d is None for d in found): return missing(book, x, y) or f'{named(x)}, {named(y)}: not both recorded: {", ".join(m.rpartition(".")[2] for m, d in zip(metrics, found) if d is None)}', 'not run yet'
+        if any(d is None for d in found): return missing(book, x, y) or f'{named(x)} and {named(y)}: not both recorded: {", ".join(m.rpartition(".")[2] for m, d in zip(metrics, found) if d is None)}', 'not run yet'
         return f'{named(x)} against {named(y)}{place(metrics, on)}: '+'; '.join(map(str, found)), verdict_of(found)
     return judge
+
+def on_equal_data(
+    a,           # `who`
+    b,           # `who`
+    judge:Callable, # of a claim about both
+)->Callable:     # a claim's judge
+    "No verdict where one has seen fewer quadruples."
+    def fair(book):
+        (text, verdict), n = judge(book), [value_of(book, w, 'run.quadruples') for w in (a, b)]
+        if verdict not in VERDICTS[:3] or None in n or .9 < n[0].mean/n[1].mean < 1.1: return text, verdict
+        return f'{text}. But {named(a)} saw {n[0].mean:,.0f} quadruples, {named(b)} {n[1].mean:,.0f}: less data would do the same', 'not testable here'
+    return fair
 
 def all_of(
     *judges, # of claims
@@ -768,7 +808,7 @@ def all_of(
         return '. '.join(dict.fromkeys(texts)), first
     return judge
 
-# %% ../nbs/80_paper.ipynb #04be2789
+# %% ../nbs/80_paper.ipynb #12a41761
 def unstable(
     a, # `who` that should be unstable
     b, # `who` that should not
@@ -796,6 +836,7 @@ def fails(
         return f'{named(a)} against *{floor}* ({on}): {d}', 'contradicted' if d.counts > 0 else 'reproduced' if d.gain <= 0 else 'not reproduced'
     return judge
 
+# %% ../nbs/80_paper.ipynb #98113ab9
 def above(
     who,           # `who`, or a list of which the first with a record counts
     metric:str,    # of the meter, with an interval
@@ -839,7 +880,7 @@ def climbs(
         return f'PSNR (YCB) by {CURVES[table]}: '+', '.join(f'{x:,.0f}: {value_of(book, w, "psnr").mean:.2f}' for x, _, w in points)+f'; ends: {ends}', 'contradicted' if any(d.counts < 0 for d in [*steps, ends]) else 'reproduced' if ends.counts > 0 else 'not reproduced'
     return judge
 
-# %% ../nbs/80_paper.ipynb #48b02d83
+# %% ../nbs/80_paper.ipynb #a5dcd3d0
 def fast_enough(
     book:Book,
 )->tuple: # measurement, verdict
@@ -868,6 +909,7 @@ def count_of_gaussians(
     tokens, rest = divmod(max(n), SAID['gaussians_per_token'])
     return f'{max(n):,} = {tokens} tokens of {SAID["gaussians_per_token"]}{f" and {rest}" if rest else ""}, by construction. That 307 are 257 image tokens and 50 of N and C is our reading', 'reproduced' if n == {SAID['gaussians']} else 'contradicted'
 
+# %% ../nbs/80_paper.ipynb #279ac76e
 def gpu_hours(
     book:Book,
 )->tuple:
@@ -890,7 +932,7 @@ def rolled_twice(
     bad = [k for k, v in twice.items() if len(set(v)) > 1]
     return f'{len(twice)} sets rolled out again on the same kind of device, {len(bad)} with other views', 'contradicted' if bad else 'reproduced'
 
-# %% ../nbs/80_paper.ipynb #276a62aa
+# %% ../nbs/80_paper.ipynb #00ab09bd
 def figure_numbers(
     book:Book,
     figure:str, # its number in the paper
@@ -902,13 +944,14 @@ def figure_numbers(
 def smooth_path(
     book:Book,
 )->tuple:
-    "Fig. 9: even steps, and not a mere fading."
+    "Fig. 9: steps no less even than mixing pixels, and not a mere fading."
     n = figure_numbers(book, '9')
     if not {'tokens', 'pixels', 'fading'} <= set(n): return 'no record of Figure 9', 'not run yet'
     t, p, f = n['tokens'], n['pixels'], n['fading']
     text = f'largest step over mean step {t["largest_step"]:.2f} (mixing pixels {p["largest_step"]:.2f}; 1 is even, {n["steps"]-1} a jump), sharpness half-way {t["sharp_halfway"]:.2f} of the ends (mixing pixels {p["sharp_halfway"]:.2f}, fading {f["sharp_halfway"]:.2f}); {n["pairs"]} pairs'
+    if f['sharp_halfway'] > .95: return text+'. Even fading stays sharp, so the ends are hardly different objects', 'not reproduced'
     jump = t['largest_step'] > (n['steps']-1)/2
-    return text, 'contradicted' if jump else 'reproduced' if t['largest_step'] <= p['largest_step'] and t['sharp_halfway'] > f['sharp_halfway'] else 'not reproduced'
+    return text, 'contradicted' if jump else 'reproduced' if t['largest_step'] <= p['largest_step'] and t['sharp_halfway'] > f['sharp_halfway']+.05 else 'not reproduced'
 
 LONG = [('main', 'joint'), ('III', 'joint')] # the student that speaks for the method: the long run, else the joint row
 
@@ -924,6 +967,7 @@ def less_diverse(
     text = ', '.join(f'{k} {x:.2f}' for k, x in ratios.items())+(f'; amplitude of the meter {v.mean:.2f} ({seeds_cell(v)})' if v else '')+(f'; own-N rate {own.mean:.2f}' if own else '')
     return f'spread over N, student over teacher: {text}', 'reproduced' if max(all_) < 1 else 'contradicted' if min(all_) > 1 else 'not reproduced'
 
+# %% ../nbs/80_paper.ipynb #52ce31ed
 def people_prefer(
     book:Book,
 )->tuple:
@@ -991,21 +1035,22 @@ CLAIMS += [
     Claim('More training pictures consistently help', 'Sec. IV-E; our curve', 'what helps', climbs('quadruples')),
     Claim('PEPD scales with its size', 'Sec. I; our curve', 'what helps', climbs('size'))]
 
-# %% ../nbs/80_paper.ipynb #17fcd1e6
+# %% ../nbs/80_paper.ipynb #2d84e0f9
 CLAIMS += [
     Claim('Concatenating N and C directly: "unstable training process"', 'Sec. IV-C', 'what fails', unstable(('wrong', 'concat'), [('III', 'explicit'), ('II', 'd')])),
     Claim('Implicit verification alone with t of 20 to 300 "fails to converge"', 'Sec. IV-C', 'what fails', fails(('wrong', 'implicit t 20-300'))),
     Claim('Redesigned noise, high to low, mends that', 'Sec. IV-C', 'what fails', beats(('III', 'implicit'), ('wrong', 'implicit t 20-300'))),
     Claim('On white backgrounds "many white 3D Gaussians" appear', 'Sec. III-C', 'what fails', beats(('wrong', 'white background'), ('III', 'joint'), ('white',), sign=1)),
-    Claim('White backgrounds lead to local optima', 'Sec. III-C', 'what fails', beats(('III', 'joint'), ('wrong', 'white background'))),
+    Claim('White backgrounds lead to local optima', 'Sec. III-C', 'what fails', on_equal_data(('wrong', 'white background'), ('III', 'joint'), beats(('III', 'joint'), ('wrong', 'white background')))),
     Claim('Implicit verification has to come in gradually', 'Sec. III-C, Eq. 6', 'what fails', beats(('III', 'joint'), ('wrong', 'constant beta'))),
     Claim('Without L_on transparent Gaussians are in excess', 'Sec. III-C, Eq. 7', 'what fails', beats(('wrong', 'no L_on'), ('III', 'joint'), ('transparent',), sign=1)),
     Claim('Decoding all attributes at once is worse than progressively', 'Sec. III-A, III-B', 'what fails', beats([('III', 'explicit'), ('II', 'd')], ('wrong', 'all heads last')))]
 
-# %% ../nbs/80_paper.ipynb #42f1b916
+# %% ../nbs/80_paper.ipynb #2fa94230
 CLAIMS += [
     Claim('A picture becomes 3D Gaussians within .06 s', 'Abstract, Table I', 'speed and cost', fast_enough),
     Claim('Without the MV-DM at inference it is faster than two stages', 'Sec. I', 'speed and cost', faster_than_teacher),
+    Claim('SI is faster than PEPD, TGS slower (.03, .06, .11 s)', 'Table I; here in GFLOPs', 'speed and cost', all_of(beats(('II', 'b'), ('II', 'd'), ('run.gflops',)), beats(('II', 'd'), ('II', 'a'), ('run.gflops',)))),
     Claim('157,184 Gaussians, 512 of each token', 'Sec. IV-A', 'speed and cost', count_of_gaussians),
     Claim('About 2,600 GPU-hours for quadruples and training', 'Sec. IV-A', 'speed and cost', gpu_hours),
     Claim('2.8 million quadruples of 120k hand-picked pictures', 'Sec. IV-A', 'speed and cost', untestable('the pictures are not public; at this scale quadruples are made in tens of thousands, and the curve above tells what more would bring')),
@@ -1033,11 +1078,11 @@ def ledger(
 RULE = ('A difference counts if it exceeds the noise, the larger of two: the range over seeds (at least the median range of the table; for rows with one seed the largest) and half the 95 % interval over objects, bootstrapped in pairs where single objects are recorded. '
         '"Reproduced": every difference counts in the paper\'s direction. "Contradicted": one counts against it. "Not reproduced": neither. Without a second seed anywhere no difference counts. Of so many verdicts one or the other will be chance; they are not corrected for their number.')
 
-# %% ../nbs/80_paper.ipynb #509ae372
+# %% ../nbs/80_paper.ipynb #ce0b8627
 PAGES = {'table1.md': table_one, **{f'table{i}.md': (lambda t: lambda book: ablation(book, t))(t) for i, t in ((2, 'II'), (3, 'III'), (4, 'IV'))}, 'wrong.md': went_wrong, 'curves.md': curves,
          'figures.md': figures_page, 'teacher.md': teacher_page, 'quadruples.md': quadruples_page, 'speed.md': speed_page, 'study.md': study_page}
 PLOTS = {'ablations.jpg': plot_ablations, 'curves.jpg': plot_curves, 'teacher.jpg': plot_teacher, 'speed.jpg': plot_speed, **{f'figure{k}.jpg': (lambda k: lambda book: plot_strip(book, k))(k) for k in FIGURES}}
-TOLERANCE, SHRUNK = .15, 8
+TOLERANCE, SHRUNK = .25, 8 # matplotlib 3.9, 3.10 and 3.11 draw letters differently: up to .15, measured on all plots
 
 def made(
     book:Book,
@@ -1050,6 +1095,7 @@ def made(
         '\n'.join(f'- [{v.splitlines()[0].strip("# ")}]({k})' for k, v in text.items()), *(f'![{Path(k).stem}]({k})' for k in pics))
     return {k: v.encode() for k, v in text.items()} | pics
 
+# %% ../nbs/80_paper.ipynb #efef1de5
 def picture_gap(
     a, # file, or its bytes
     b, # file, or its bytes

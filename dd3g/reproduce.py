@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PREMISE', 'NESTED', 'SETS', 'PAPER', 'TABLE_II', 'WRONG', 'SIZES', 'STAGES', 'HELD_OUT', 'NAMES', 'FIGURES', 'Run',
            'rank', 'Quads', 'table_two', 'table_three', 'the_rest', 'runs_of', 'sized', 'put', 'config_of',
-           'ReproduceArgs', 'checked', 'chosen', 'common', 'Notes', 'key_of', 'make_all_rings', 'ring_folders',
-           'SomeRings', 'world_of', 'teacher_path', 'make_teacher', 'the_teacher', 'score_it', 'pool_source',
-           'roll_pool', 'pack', 'pool_path', 'rows_of', 'Pack', 'gpus', 'describe', 'described', 'start', 'tail',
-           'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases', 'model_sets', 'teacher_samples',
-           'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests', 'sets_of', 'short', 'bounds',
-           'judged', 'smooth', 'sizes_of', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker', 'results_of',
-           'line_of', 'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected', 'Inline', 'stop',
-           'Scheduler', 'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run', 'write_strip',
-           'table_figure', 'between', 'evenness', 'figure_nine', 'spread_of', 'figure_ten', 'make_figures', 'gather',
-           'make_report', 'overview', 'planned', 'main']
+           'ReproduceArgs', 'checked', 'chosen', 'common', 'mark_of', 'Notes', 'key_of', 'make_all_rings',
+           'ring_folders', 'SomeRings', 'world_of', 'teacher_path', 'make_teacher', 'the_teacher', 'score_it',
+           'pool_source', 'roll_pool', 'pack', 'pool_path', 'rows_of', 'Pack', 'gpus', 'describe', 'described', 'start',
+           'tail', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases', 'model_sets', 'teacher_samples',
+           'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests', 'sets_of', 'short', 'judged',
+           'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker', 'results_of', 'line_of',
+           'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected', 'Inline', 'stop', 'Scheduler',
+           'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run', 'write_strip', 'table_figure', 'between',
+           'evenness', 'figure_nine', 'spread_of', 'figure_ten', 'make_figures', 'gather', 'make_report', 'overview',
+           'planned', 'main']
 
-# %% ../nbs/81_reproduce.ipynb #2763116a
+# %% ../nbs/81_reproduce.ipynb #be8a753b
 import contextlib, dataclasses, fnmatch, io, json, os, re, shlex, shutil, signal, statistics, subprocess, sys, threading, time, traceback, typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,17 +38,18 @@ from .objects import Rings, find_models, split_families, write_rings
 from .loop import fit, read_log
 from .teacher import Teacher
 from .rollout import Quadruples, RingPictures, RolloutArgs, inputs_of, load_roller, plan, ready, to_bytes, write_quadruples
-from .teach import TeachArgs, evaluate as score, spread, teach
+from .teach import ScoreArgs, TeachArgs, score, spread, teach
 from .true_views import nested_set, write_true_quadruples
-from .pepd import count_flops
+from .backbones import size_of
 from .meter import knowledge_loss, two_draws
 from .train import UNSEEN, Joint, make_rings, new_student, say, stage
 from .curriculum import objective_of
 from .generate import Generator
 from .testsets import Case, Frozen, Protocol, cases_of, find_objects, freeze, is_frozen, listed, shrink
-from .evaluate import BLOCK, FLOORS, Pictures, best_nets, by_name, floors, judge, known, mean_of, student_answers, student_inputs, summary, teacher_views
+from .evaluate import BLOCK, FLOORS, Contestant, Pictures, best_nets, by_name, floors, judge, known, mean_of, of_model, student_inputs, summary, teacher_views
+from .lift import LiftConfig, of_lifted_teacher, of_true_views
 
-# %% ../nbs/81_reproduce.ipynb #2ae30f9b
+# %% ../nbs/81_reproduce.ipynb #7341de85
 @dataclass(frozen=True)
 class Run:
     "One student: where it belongs, what is different about it, what it learns from."
@@ -64,7 +65,7 @@ class Run:
     budget:str='steps'    # steps; or time: as many steps as fit into the time of the explicit run
     @property
     def name(self): # of its folder
-        row = re.sub(r'[^\w.+]+', '-', self.row.replace('"', '2').replace("'", '1')).strip('-')
+        row = re.sub(r'[^\w.+]+', '-', self.row.replace(' + ', '+').replace('"', '2').replace("'", '1')).strip('-')
         lr  = f'-lr{self.lr:.1e}'.replace('.0e', 'e').replace('e-0', 'e-') if self.lr else ''
         return f'{self.table}-{row}{"-time" if self.budget == "time" else ""}{lr}-s{self.seed}'
 
@@ -152,7 +153,7 @@ def sized(
     step = int(np.lcm(s.pe_head_dim, s.pe_groups))
     return (('student.width', to(s.width, s.pd_heads)), ('student.encoder.width', to(s.encoder.width, s.encoder.heads)), ('student.pe_channels', to(s.pe_channels, step)))
 
-# %% ../nbs/81_reproduce.ipynb #f21d6b7b
+# %% ../nbs/81_reproduce.ipynb #85217dd9
 def put(
     cfg,     # a configuration, or a part of one
     key:str, # dotted
@@ -172,9 +173,9 @@ def config_of(
     c = objective_of(cfg, run.objective)
     for k, v in run.overrides: c = put(c, k, v)
     f = c.fit
-    return check(replace(c, fit=replace(f, lr=run.lr or lr or f.lr, seed=run.seed, steps=run.steps, warmup=min(f.warmup, run.steps//10), grid_every=run.steps, keep=1)))
+    return check(replace(c, fit=replace(f, lr=run.lr or lr or f.lr, seed=run.seed, steps=run.steps, warmup=min(f.warmup, run.steps//10), grid_every=run.steps, save_every=max(1, min(f.save_every, run.steps//5)), keep=1)))
 
-# %% ../nbs/81_reproduce.ipynb #834c9b26
+# %% ../nbs/81_reproduce.ipynb #ba8a17bd
 STAGES = ('rings', 'teacher', 'scores', 'quadruples', 'tests', 'runs', 'figures', 'report')
 
 @dataclass(frozen=True)
@@ -191,14 +192,15 @@ class ReproduceArgs:
     seeds:tuple[int, ...]=(0, 1) # of each row
     lrs:tuple[float, ...]=() # learning rates of Table II; default half, once and twice --fit.lr
     steps:int=0             # of each run but the long one; default a quarter of --fit.steps
-    jobs:int=0              # runs at a time on each GPU (without one: on this machine); 0: one after another, in this process
+    jobs:int=0              # runs at a time on each GPU, or on this machine if it has none; 0: one a GPU, or one after another in this process
     minutes:float=0         # start nothing that would end later; 0: no limit
     plan:bool=False         # say what would be done, and stop
     pairs:int=128           # held-out pictures for the knowledge-loss meter, shared by all runs
     judged:int=32           # held-out rings that are judged
     samples:int=8           # of each test picture
     lpips:tuple[str, ...]=('vgg', 'alex', 'squeeze') # judges' perceptual nets; of another seed than the loss's where weights are random
-    supervisors:int=16      # held-out rings the teacher's guidance is swept on; 0: no sweep
+    swept:int=16            # held-out rings the teacher's guidance is swept on; 0: no sweeps
+    lifted:int=300          # steps of fitting Gaussians to the teacher's views and to true ones, as ceilings; 0: none
     record:bool=False       # also append all records to figures/records/reproduce.jsonl
     worker:typing.Optional[Path]=None # used by this program itself: do the job described in this folder
     cfg:Cfg=SCALES['tiny']
@@ -207,7 +209,7 @@ def checked(
     a:ReproduceArgs,
 )->ReproduceArgs: # with its folder
     "Refuse what cannot work before anything is made. Raises UserError."
-    least = dict(steps=0, jobs=0, minutes=0, pairs=1, judged=1, samples=2)
+    least = dict(steps=0, jobs=0, minutes=0, pairs=1, judged=1, samples=2, swept=0, lifted=0)
     for k, v in least.items():
         if getattr(a, k) < v: raise UserError(f'--{k} {getattr(a, k):g}: at least {v}')
     if odd := [s for s in a.only if s not in STAGES]: raise UserError(f'--only {odd[0]}: there are {", ".join(STAGES)}')
@@ -229,13 +231,22 @@ def chosen(
         if not any(fnmatch.fnmatch(r.name, p) for r in runs): raise UserError(f'--runs {p}: no such run; --plan lists them all')
     return [r for r in runs if not a.runs or any(fnmatch.fnmatch(r.name, p) for p in a.runs)]
 
-# %% ../nbs/81_reproduce.ipynb #85d6ae86
+# %% ../nbs/81_reproduce.ipynb #7e7c64de
 def common(
     a:ReproduceArgs,
 )->dict:
     "What every record of this reproduction says."
     bare = [Path(x).name if '/' in x else x for x in sys.argv[1:]] if 'reproduce' in sys.argv[0] else []
     return dict(scale=a.scale, config=config_hash(a.cfg), command=' '.join(['python -m dd3g.reproduce', *map(shlex.quote, bare)]))
+
+def mark_of(
+    folder:Path, # what a stage makes
+    name:str,    # of the stage
+)->dict:         # its key, and what was made
+    "The mark that a finished stage leaves. Raises UserError if it is not finished."
+    path = folder/'stage.json'
+    if not path.exists(): raise UserError(f'{folder}: not there yet; run the stage {name} first')
+    return json.loads(path.read_text(encoding='utf-8'))
 
 class Notes:
     "The records of one stage or run, in its folder; written anew when it is done again."
@@ -287,7 +298,7 @@ def world_of(
     rings = Rings(ring_folders(a))
     return tuple(SomeRings(rings, rows) for rows in split_families(rings.meta, HELD_OUT))
 
-# %% ../nbs/81_reproduce.ipynb #bd6eaed6
+# %% ../nbs/81_reproduce.ipynb #623cec9c
 def teacher_path(
     a:ReproduceArgs,
 )->Path:
@@ -322,19 +333,13 @@ def score_it(
     "The stage `scores`."
     T, out = the_teacher(a), a.out/'scores'
     def measure():
-        t, (train, held) = time.time(), world_of(a)
-        n, f = min(64, len(held)), T.cfg.fit_teacher
-        rgba, e = torch.stack([held.get(i) for i in range(n)]), torch.tensor([m['elevation'] for m in held.meta[:n]])
-        scores = score(T, rgba, e, a.samples)
-        few, sweep = min(a.supervisors, n), []
-        for g in (1., 1.5, 2., 3., 5.) if few else (): # the same few objects at each guidance
-            T.cfg = replace(T.cfg, diffusion=replace(T.cfg.diffusion, guidance=g)); sweep.append([g, score(T, rgba[:few], e[:few], min(4, a.samples))])
-        objects = [len({m['name'] for m in part.meta}) for part in (train, held)]
-        Notes(out, **common(a))('teacher', fingerprint=T.fingerprint(), steps=f.steps, batch=f.batch, objects=objects, rings=n, samples=a.samples, scores=scores, sweep=sweep, seconds=round(time.time()-t, 1))
-        return f'front {scores["front"]} dB, side {scores["side"]} (billboard {scores["side_billboard"]})'
-    stage('scores', out, key_of(T.fingerprint(), a.samples, a.supervisors), measure)
+        got = score(ScoreArgs(data=tuple(ring_folders(a)), teacher=teacher_path(a), held_out=HELD_OUT, samples=a.samples, guidance=a.cfg.diffusion.guidance, steps=a.cfg.diffusion.sample_steps, sweep_scored=a.swept, azimuths=8 if a.swept else 0))
+        Notes(out, **common(a))('teacher', **dict(got, scale=a.scale, config=config_hash(a.cfg)))
+        x = got['scores']
+        return f'front {x["front"]:.2f} dB, side {x["side"]:.2f}, its mean of {a.samples} {x[f"side_mean_of_{a.samples}"]:.2f} (billboard {x["side_billboard"]:.2f})'
+    stage('scores', out, key_of(T.fingerprint(), a.cfg.diffusion, a.samples, a.swept), measure)
 
-# %% ../nbs/81_reproduce.ipynb #810eecf9
+# %% ../nbs/81_reproduce.ipynb #15a5f972
 def pool_source(
     a:ReproduceArgs,
     name:str, # rendered, synthetic, or true P %
@@ -365,7 +370,7 @@ def pack(
     family,      # name of an object -> its family
 )->dict:         # numbers for the record
     "One file of plain tensors."
-    with contextlib.redirect_stderr(io.StringIO()): data = Quadruples(folder, cache='ram')
+    with contextlib.redirect_stderr(io.StringIO()): data = Quadruples(folder, cache='ram', workers=min(16, os.cpu_count() or 1))
     noise = data.noise if data.noise is not None else torch.cat([seeded_randn([r['noise_seed'] for r in data.records[i:i+4096]], *data.noise_shape) for i in range(0, len(data), 4096)])
     mem = dict({k: data.mem[k].contiguous() for k in ('rgba', 'oi', 'offset', 'elevation', 'background')}, noise=noise)
     with whole_file(path) as part: safetensors.torch.save_file(mem, part)
@@ -376,7 +381,7 @@ def pack(
     with whole_file(path.with_suffix('.json')) as part: part.write_text(json.dumps(what))
     return what
 
-# %% ../nbs/81_reproduce.ipynb #0ad8ae2c
+# %% ../nbs/81_reproduce.ipynb #2c2632dd
 def pool_path(
     out:Path, # folder of the reproduction
     name:str, # of the pool
@@ -394,7 +399,9 @@ def rows_of(
         path = pool_path(out, pool)
         if not path.with_suffix('.json').exists(): raise UserError(f'{path}: not there yet; run the stage quadruples first')
         what = json.loads(path.with_suffix('.json').read_text())
-        rows = [i for i, (f, b) in enumerate(zip(what['family'], what['bright'])) if rank(f) < part and b >= SETS[quads].brightest]
+        at = {f: rank(f) for f in set(what['family'])}
+        bound = max(part, min(at.values())*(1+1e-9)) # one family at least
+        rows = [i for i, (f, b) in enumerate(zip(what['family'], what['bright'])) if at[f] < bound and b >= SETS[quads].brightest]
         found.append((path, rows, what))
     if not any(rows for _, rows, _ in found): raise UserError(f'{quads}: no quadruple belongs to this set; roll more out by --quadruples')
     return found
@@ -420,7 +427,7 @@ class Pack:
         x = dict(x, rgba=x['rgba'].float()/255, oi=x['oi'].float()/255)
         return dict(x, image=composite(x['rgba'], x['background']))
 
-# %% ../nbs/81_reproduce.ipynb #1d78e2a5
+# %% ../nbs/81_reproduce.ipynb #f83599d2
 def gpus()->list: # their numbers or names, as CUDA_VISIBLE_DEVICES wants them; empty without any
     "The GPUs that this process may use."
     n, seen = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES', '')
@@ -461,11 +468,11 @@ def start(
 
 def tail(
     folder:Path, # of a job
-    n:int=3,     # lines
 )->str:
-    "The end of a job's log."
+    "The last line of a job's log: of a traceback, the error itself."
     log = folder/'log.txt'
-    return ' | '.join([l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()][-n:]) if log.exists() else 'it left no log'
+    said = [l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()] if log.exists() else []
+    return f'{said[-1].removeprefix("dd3g: ") if said else "it said nothing"} (all of it: {log})'
 
 def make_pools(
     a:ReproduceArgs,
@@ -485,7 +492,9 @@ def make_pools(
             return f'{len(pack(at, path, lambda n: known.get(n, n))["sha"])} quadruples'
         stage(f'quadruples, {pool}', at, key_of(T.fingerprint(), c.view, c.diffusion, c.quadruples, c.rollout_batch, [p.name for p in ring_folders(a)], c.objects), make)
     write = Notes(a.out/'pools', **common(a))
-    for s in sets: write('quadruples', set=s, **told_of(a.out, s))
+    for s in sets:
+        try: write('quadruples', set=s, **told_of(a.out, s))
+        except UserError as e: say(str(e)) # its runs will say so again
 
 def told_of(
     out:Path,  # folder of the reproduction
@@ -497,7 +506,7 @@ def told_of(
     each = sum(p.stat().st_size/len(w['sha'])*len(rows) for p, rows, w in parts)
     return dict(n=len(of('sha')), families=len(set(of('family'))), pictures=len(set(of('picture'))), teacher=parts[0][2]['settings']['teacher'], hash=sha(of('sha')), views=sha(of('views')), megabytes=round(each/1e6, 1))
 
-# %% ../nbs/81_reproduce.ipynb #5c6acaa6
+# %% ../nbs/81_reproduce.ipynb #51a8eda9
 @dataclass
 class TestSet:
     "Cases that one number is a mean over."
@@ -506,7 +515,7 @@ class TestSet:
     p:Protocol
     drawn:Tensor=None # the teacher's samples of each on white: (cases, k, V, 3, S, S) uint8
     @property
-    def about(self): return dict(set=self.name, n=len({c.name for c, _ in self.cases}), size=self.p.size, protocol_hash=self.p.hash, objects_hash=sha(listed(self.cases))) # two numbers compare only if the hashes are equal
+    def about(self): return dict(set=self.name, n=len({c.name for c, _ in self.cases}), size=self.p.size, protocol_hash=self.p.hash, objects_hash=sha(listed(self.cases)), notes=sorted({n for c, _ in self.cases for n in c.notes})) # two numbers compare only if the hashes are equal
     @property
     def file(self): return self.name.replace(' ', '-')
     def taught(self, i): # the teacher's samples of case i at the case's cameras, NaN where it draws nothing: (k, views, 3, S, S)
@@ -516,11 +525,12 @@ def ring_case(
     rings,    # Rings
     i:int,    # its record
     j0:int,   # which view is the input
+    notes=(), # what a reader should know
 )->Case:
     "A ring as a test case."
     x, m = rings.get(i).roll(-j0, 0), rings.meta[i]                                   # the input first
     cams = ring(len(x), m['elevation'], 90., m['radius'], m['fov'])
-    return Case(m['name'], x[0].float()/255, cams.views([0]), cams, x, True)
+    return Case(m['name'], x[0].float()/255, cams.views([0]), cams, x, True, notes=tuple(notes))
 
 def held_out_cases(
     a:ReproduceArgs,
@@ -528,9 +538,12 @@ def held_out_cases(
     "Rings of families that nobody was trained on, from all input azimuths."
     held, v = world_of(a)[1], a.cfg.view
     first = list({m['name']: i for i, m in reversed(list(enumerate(held.meta)))}.values())[::-1] # one ring an object
-    few   = first[::max(1, len(first)//a.judged)][:a.judged]
+    few   = (first[::max(1, len(first)//a.judged)]*a.judged)[:a.judged] # few objects: several inputs each
     p = Protocol(views=held.ring, size=v.size, input_size=v.size, radius=v.radius, fov=v.fov, object_radius=v.object_radius)
-    return TestSet('held-out rings', [(ring_case(held, i, j), held.meta[i]['source']) for i, j in zip(few, spread(len(few), held.ring).tolist())], p)
+    how   = {json.loads((f/'rings.json').read_text())['renderer'] for f in ring_folders(a)}-{'mesh'}
+    cases = [ring_case(held, i, j, [f'drawn as {k}, not by pyrender' for k in sorted(how)]) for i, j in zip(few, spread(len(few), held.ring).tolist())]
+    for i, c in enumerate(cases): c.azimuth = 0. if few.index(few[i]) == i else 360.*i/len(few) # tells inputs of one object apart
+    return TestSet('held-out rings', [(c, held.meta[i]['source']) for c, i in zip(cases, few)], p)
 
 NAMES = dict(ycb='YCB') # what tables call the sets of these folders
 
@@ -546,16 +559,17 @@ def model_sets(
             out.setdefault(name, TestSet(name, [], p)).cases.extend((c, e.group) for c in cases_of(e, p))
     return list(out.values())
 
-# %% ../nbs/81_reproduce.ipynb #0b45ed3a
+# %% ../nbs/81_reproduce.ipynb #a953020e
 def teacher_samples(
     T:Teacher,
     cases:list, # of Case
     k:int,      # samples each
+    d,          # DiffusionConfig: guidance and steps
 )->Tensor:      # on white: (cases, k, V, 3, S, S) uint8
     "What the teacher draws for each case."
     rgba, e = zip(*[student_inputs(c, T.cfg)[:2] for c in cases])
     fast = ready(T, T.cfg.fit_teacher.precision if T.device.type == 'cuda' else 'fp32')
-    with torch.no_grad(): x = teacher_views(fast, torch.stack(rgba).repeat_interleave(k, 0), torch.tensor(e).repeat_interleave(k), list(range(k))*len(cases))
+    with torch.no_grad(): x = teacher_views(fast, torch.stack(rgba).repeat_interleave(k, 0), torch.tensor(e).repeat_interleave(k), list(range(k))*len(cases), d.guidance, d.sample_steps)
     return to_bytes(x).cpu().unflatten(0, (len(cases), k))
 
 def save_set(
@@ -573,7 +587,7 @@ def load_set(
     f = Frozen(path)
     return TestSet(f.index['name'], [(c, e.group) for e in f.entries() for c in f.cases(e.name)], f.protocol, safetensors.torch.load_file(path.with_suffix('.drawn'))['drawn'])
 
-# %% ../nbs/81_reproduce.ipynb #e6df9808
+# %% ../nbs/81_reproduce.ipynb #fd4ff6c8
 class Planned:
     "Inputs of quadruples that are not rolled out: what `two_draws` needs of its data."
     def __init__(self, source, cfg, seed): self.source, self.cfg, self.seed = source, cfg, seed
@@ -609,66 +623,71 @@ def make_tests(
     def draw():
         write, sets = Notes(at, **common(a)), [held_out_cases(a), *model_sets(a)]
         for s in sets:
-            s.drawn = teacher_samples(T, [c for c, _ in s.cases], a.samples)
+            s.drawn = teacher_samples(T, [c for c, _ in s.cases], a.samples, a.cfg.diffusion)
             save_set(s, at)
-            bounds(write, s, best_nets(a.lpips))
+            bounds(write, s, T, best_nets(a.lpips), a)
         make_pairs(a, T, at/'pairs.bin')
         return ', '.join(f'{len(s.cases)} {s.name}' for s in sets)+f', {a.pairs} pairs'
-    stage('tests', at, key_of(T.fingerprint(), a.cfg.view, a.cfg.diffusion, a.pairs, a.judged, a.samples, a.lpips, [p.name for p in a.tests]), draw)
+    stage('tests', at, key_of(T.fingerprint(), a.cfg.view, a.cfg.diffusion, a.pairs, a.judged, a.samples, a.lpips, a.lifted, [p.name for p in a.tests]), draw)
 
 def sets_of(
     out:Path, # folder of the reproduction
 )->list:      # of TestSet
     "All test sets."
-    if not (out/'tests'/'stage.json').exists(): raise UserError(f'{out/"tests"}: not there yet; run the stage tests first')
+    mark_of(out/'tests', 'tests')
     return [load_set(p) for p in sorted((out/'tests').glob('*.tar'))]
 
-# %% ../nbs/81_reproduce.ipynb #c52210a3
+# %% ../nbs/81_reproduce.ipynb #43ed8161
 def short(
     rows:list, # of (object, mode -> scores)
 )->dict:       # mode -> measure -> [mean, low, high]; per_object: measure -> one number an object, aligned
     "What a record keeps."
     out  = {mode: {k: [round(v[x], 5) for x in ('mean', 'low', 'high')] for k, v in summary(by_name(rows, mode)).items()} for mode in ('unaligned', 'aligned')}
     each = by_name(rows, 'aligned')
-    keys = [k for k in next(iter(each.values())) if k in ('psnr', 'ssim') or 'LPIPS' in k]
+    keys = [k for k in next(iter(each.values())) if k in ('psnr', 'ssim', 'sharpness', 'chroma', 'white') or 'LPIPS' in k]
     return dict(out, per_object={k: [round(r[k], 3) for r in each.values()] for k in keys if all(k in r for r in each.values())})
-
-def bounds(
-    write:Notes,
-    s:TestSet,
-    nets, # of Perceptual
-):
-    "Floors: white, billboard, mean object. And above them the teacher, at the views that it draws."
-    (total, count), rows = mean_of([c for c, _ in s.cases], s.p), {k: [] for k in (*FLOORS, 'teacher')}
-    for i, (c, _) in enumerate(s.cases):
-        for k, v in floors(c, s.p, total, count, nets, device()).items(): rows[k].append((c.name, dict(unaligned=v, aligned=v)))
-        drawn = known(s.drawn[i].float()/255, c)
-        if drawn.isfinite().any(): rows['teacher'].append((c.name, judge([Pictures(x, True) for x in drawn], c, s.p)[0]))
-        c.forget()
-    for k, r in rows.items():
-        if r: write('floor' if k in FLOORS else 'ceiling', method=k, samples=1 if k in FLOORS else s.drawn.shape[1], **s.about, **short(r))
 
 @torch.no_grad()
 def judged(
-    model,     # an `ImageTo3D`
-    cfg:Config, # its own
+    who:Contestant,
     s:TestSet,
-    samples:int=8, # of each case
     nets=(),   # of Perceptual
     keep:int=2, # cases whose views are handed back
 ):             # dict for the record; views of the first sample: (keep, 4, 3, S, S)
-    "One student on one set."
+    "One method on one set."
     rows, shown, clear, cases = [], [], [], [c for c, _ in s.cases]
     for i, c in enumerate(cases):
-        if i % BLOCK == 0: answers = student_answers(model, cfg, cases[i:i+BLOCK], samples)
-        r, (rgb, _) = judge(answers[i % BLOCK], c, s.p, nets, s.taught(i), paired=True)
-        rows.append((c.name, r)); clear.append(float((answers[i % BLOCK][0].g.alpha < .1).float().mean()))
+        if i % BLOCK == 0:
+            with torch.enable_grad(): who.prepare(cases[i:i+BLOCK])
+        answers = who.answer(c)
+        r, (rgb, _) = judge(answers, c, s.p, nets, s.taught(i), paired=len(answers) > 1)
+        rows.append((c.name, r)); clear.append(float((answers[0].g.alpha < .1).float().mean()))
         if i < keep: shown.append(rgb[torch.arange(4)*len(rgb)//4].cpu())
         c.forget()
     got = short(rows)
     return dict(s.about, **got, **{k: got['unaligned'][k][0] for k in ('white', 'chroma')}, transparent=round(float(np.mean(clear)), 5)), torch.stack(shown)
 
-# %% ../nbs/81_reproduce.ipynb #7f96ede0
+def bounds(
+    write:Notes,
+    s:TestSet,
+    T:Teacher,
+    nets, # of Perceptual
+    a:ReproduceArgs,
+):
+    "Floors: white, billboard, mean object. Ceilings: the teacher where it draws, its views lifted, true views lifted."
+    d, samples = a.cfg.diffusion, a.samples
+    (total, count), rows = mean_of([c for c, _ in s.cases], s.p), {k: [] for k in (*FLOORS, 'teacher')}
+    for i, (c, _) in enumerate(s.cases):
+        for k, v in floors(c, s.p, total, count, nets, device()).items(): rows[k].append((c.name, dict(unaligned=v, aligned=v)))
+        drawn = known(s.drawn[i].float()/255, c)
+        if drawn.isfinite().any() and c.truth is not None: rows['teacher'].append((c.name, judge([Pictures(x, True) for x in drawn], c, s.p)[0]))
+        c.forget()
+    for k, r in rows.items():
+        if r: write('floor' if k in FLOORS else 'ceiling', method=k, samples=1 if k in FLOORS else samples, **s.about, **short(r))
+    fit = LiftConfig(steps=max(1, a.lifted), radius=s.p.object_radius)
+    for who, k in ((of_lifted_teacher(T, fit, samples=samples, guidance=d.guidance, steps=d.sample_steps), samples), (of_true_views(fit), 1)) if a.lifted else (): write('ceiling', method=who.label, samples=k, fitted=who.about, **judged(who, s, nets)[0])
+
+# %% ../nbs/81_reproduce.ipynb #76687e2b
 def smooth(
     rows:list, # lines of a log
 )->dict:
@@ -679,16 +698,6 @@ def smooth(
     few = [x[i] for i in range(0, len(x), max(1, len(x)//20))]
     rate = [r['samples_per_s'] for r in rows[1:] or rows]
     return dict(samples_per_s=statistics.median(rate) if rate else None, curve=[float(f'{v:.4g}') for v in few], curve_of=key, spikes=sum(v > 2*near(i) for i, v in enumerate(x)), lines=len(x))
-
-def sizes_of(
-    model, # an `ImageTo3D`
-    cfg:Config,
-)->dict: # parameters, gaussians, gflops of one picture
-    "What Table II lists beside the scores."
-    with torch.device('meta'):
-        m = new_student(cfg)
-        g, flops = count_flops(m, torch.zeros(1, 3, *[cfg.view.size]*2), torch.zeros(1, *cfg.noise_shape), Cameras(torch.zeros(1, cfg.view.n_views, 4, 4), cfg.view.fov))
-    return dict(parameters=sum(p.numel() for p in model.parameters()), gaussians=g.n, gflops=round(flops['']/1e9, 3))
 
 def train_run(
     a:ReproduceArgs,
@@ -701,7 +710,7 @@ def train_run(
     dev, t = T.device, time.perf_counter()
     data = Pack(rows_of(a.out, job['run']['set']), dev)
     G, out, diverged = new_student(c, T), folder/'student', False
-    size = sizes_of(G, c)
+    size = {k: v for k, v in size_of(c).items() if k != 'backbone'}; size['gflops'] = round(size.pop('flops')/1e9, 3)
     try: G = fit(G, Joint(c, T), data, c.fit, out, config=c, device=dev, unused=not c.loss.explicit, quiet=True)
     except UserError as e:
         if not (out/'bad_batches.jsonl').exists(): raise
@@ -710,7 +719,7 @@ def train_run(
     skipped = sum(len(r.get('skipped') or ()) for r in rows)
     return None if diverged else G, dict(size, samples=c.fit.steps*c.fit.batch, quadruples=len(data), seconds=round(time.perf_counter()-t, 1), skipped=skipped, diverged=diverged, **smooth(rows))
 
-# %% ../nbs/81_reproduce.ipynb #6cafabb9
+# %% ../nbs/81_reproduce.ipynb #7bab4f1e
 def blank_psnr(
     pairs:dict, # from `two_draws`
 )->float:       # dB
@@ -739,7 +748,7 @@ def do_run(
     if G is not None:
         nets = best_nets(a.lpips)
         for s in sets_of(a.out):
-            got, shown = judged(G, c, s, a.samples, nets)
+            got, shown = judged(of_model(G, c, folder.name, a.samples), s, nets)
             rows.append(write('eval', run=folder.name, samples=a.samples, **got))
             with whole_file(folder/f'{s.file}.views') as part: safetensors.torch.save_file(dict(views=to_bytes(shown)), part)
     with whole_file(folder/'result.json') as part: part.write_text(json.dumps(dict(key=job['key'], wall=round(time.perf_counter()-t, 1), rows=rows)))
@@ -847,12 +856,13 @@ def expected(
     step = pace(results, objective=objective) or 2*(pace(results) or 0) # never seen: the verifier about doubles a step
     return max(around, default=0)+steps*step
 
-# %% ../nbs/81_reproduce.ipynb #8c1fb13d
+# %% ../nbs/81_reproduce.ipynb #c8839ca3
 class Inline:
     "A job done in this process, with the face of a `Popen`."
     def __init__(self, folder):
         with open(folder/'log.txt', 'a', encoding='utf-8') as log, contextlib.redirect_stderr(log):
             try: worker(folder); self.code = 0
+            except UserError as e: print(f'dd3g: {e}', file=log); self.code = 2
             except Exception: traceback.print_exc(); self.code = 1
     def poll(self): return self.code
     def stop(self): pass
@@ -877,7 +887,7 @@ class Scheduler:
         cards = gpus()
         self.places = [(g, i) for i in range(max(1, a.jobs)) for g in cards or [None]] # GPU by GPU
         self.inline = not a.jobs and not cards
-        self.quads, self.tests = {}, json.loads((a.out/'tests'/'stage.json').read_text())['key']
+        self.quads, self.tests = {}, mark_of(a.out/'tests', 'tests')['key']
 
     def ready(self, run, over): # may it be settled now?
         return all(n in over for n in waits_for(run, self.asked))
@@ -893,7 +903,7 @@ class Scheduler:
         if run.set not in self.quads: self.quads[run.set] = told_of(self.a.out, run.set)
         return full, c, identity(c, self.quads[run.set], self.tests)
 
-# %% ../nbs/81_reproduce.ipynb #9ca71b84
+# %% ../nbs/81_reproduce.ipynb #6bf66ea5
 def next_run(
     self:Scheduler,
     results:dict, # name -> result
@@ -902,7 +912,8 @@ def next_run(
     busy = {key for _, _, key in self.live.values()}
     for run in list(self.todo):
         if not self.ready(run, {*results, *self.failed}): continue
-        full, c, key = self.prepare(run, results)
+        try: full, c, key = self.prepare(run, results)
+        except UserError as e: self.todo.remove(run); self.failed[run.name] = str(e); say(f'{run.name}: FAILED, {e}'); continue
         folder, twin = self.a.out/'runs'/run.name, next((r for r in results.values() if r['key'] == key), None)
         if run.name in results and results[run.name]['key'] != key: raise UserError(f'{folder}: made with other settings; choose another --out, or delete it')
         if key in busy: continue # its twin is on the way
@@ -925,7 +936,7 @@ def finish(
     folder = self.a.out/'runs'/run.name
     if p.poll() or not (folder/'result.json').exists():
         self.failed[run.name] = tail(folder)
-        return say(f'{run.name}: FAILED, its log ends: {self.failed[run.name]}')
+        return say(f'{run.name}: FAILED, {self.failed[run.name]}')
     results[run.name] = json.loads((folder/'result.json').read_text())
     r = line_of(results[run.name]); m = r['meter'] or {}
     say(f'{run.name}: {m.get("psnr", float("nan")):.2f} dB to the own OI, own-N {m.get("own_n", float("nan")):.2f}'+' DIVERGED'*r['diverged']+f'; {(r["samples_per_s"] or 0)/r["batch"]:.1f} steps/s, {results[run.name]["wall"]:.0f} s ({len(results)} done, {len(self.todo)+len(self.live)} to go)')
@@ -969,7 +980,7 @@ def make_runs(
     if s.late: say(f'{len(s.late)} runs were not begun or not ended in {a.minutes:g} minutes: {", ".join(r.name for r in s.late[:8])}{" ..." if len(s.late) > 8 else ""}')
     if s.failed: say(f'{len(s.failed)} runs failed: {", ".join(s.failed)}')
 
-# %% ../nbs/81_reproduce.ipynb #fc4603f8
+# %% ../nbs/81_reproduce.ipynb #61ea1912
 FIGURES = {'6':[('II', k) for k in ('a', 'b', 'c', 'd')], '7':[('III', k) for k in ('explicit', 'implicit', 'joint')]}
 
 def best_run(
@@ -1003,7 +1014,7 @@ def table_figure(
     names = {k: n for k, n in names.items() if n}
     if not names: return
     rows, labels = [], []
-    for s in sets_of(a.out):
+    for s in (s for s in sets_of(a.out) if s.cases[0][0].truth is not None):
         shown = {k: safetensors.torch.load_file(a.out/'runs'/n/f'{s.file}.views')['views'].float()/255 for k, n in names.items()}
         for i, (c, _) in enumerate(s.cases[:2]):
             truth = c.white(); truth = truth[torch.arange(4)*len(truth)//4]
@@ -1113,7 +1124,7 @@ def make_figures(
     figure_nine(a, write, gen, best); figure_ten(a, write, gen, best)
     say(f'figures: {len(list((a.out/"results"/"strips").glob("*.jpg")))} strips; 9 and 10 of {best}')
 
-# %% ../nbs/81_reproduce.ipynb #6d4245fa
+# %% ../nbs/81_reproduce.ipynb #fb076c8f
 def gather(
     out:Path, # folder of the reproduction
 )->list:      # lines of JSON
@@ -1148,7 +1159,7 @@ def overview(
     for r in asked:
         if r.name not in results: continue
         x = line_of(results[r.name]); m = x['meter'] or {}
-        scores = {e['set']: e['unaligned']['psnr'][0] for e in results[r.name]['rows'][1:]}
+        scores = {e['set']: e['unaligned']['psnr'][0] for e in results[r.name]['rows'][1:] if 'psnr' in e['unaligned']}
         lines.append(f'{r.name:32} {m.get("psnr", float("nan")):7.2f} {m.get("own_n", float("nan")):6.2f} {(x["samples_per_s"] or 0)/x["batch"]:8.1f}'+''.join(f'{scores.get(s, float("nan")):{max(8, len(s)+1)}.2f}' for s in sets)+' diverged'*x['diverged'])
     missing = [r.name for r in asked if r.name not in results]
     last = f'{len(asked)-len(missing)} of {len(asked)} runs are done'+(f'; missing: {", ".join(missing[:6])}{" ..." if len(missing) > 6 else ""}' if missing else ': everything that was asked for')

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'BUDGET', 'DECODE_PIXELS', 'MIN_PSNR', 'CHOICES', 'to_bytes', 'decoded', 'FolderPictures', 'ShardPictures',
-           'RingPictures', 'TensorPictures', 'Prompts', 'shards_of', 'pictures_from', 'plan', 'inputs_of', 'ready',
-           'random_teacher', 'attention_by', 'Roller', 'micro_batches', 'roll', 'member_bytes', 'made_by', 'family_of',
-           'index_path', 'write_shard', 'file_sha', 'read_index', 'fault', 'claim', 'shard_ids', 'is_finished',
-           'write_quadruples', 'read_member', 'Quadruples', 'reach', 'compare', 'by_slot', 'verify', 'counts', 'sheet',
-           'human', 'told', 'with_changes', 'RolloutArgs', 'brought', 'source_of', 'load_roller', 'main', 'show',
-           'report']
+           'RingPictures', 'TensorPictures', 'Prompts', 'shards_of', 'pictures_from', 'plan', 'family_of', 'inputs_of',
+           'ready', 'random_teacher', 'attention_by', 'Roller', 'input_pictures', 'micro_batches', 'roll',
+           'member_bytes', 'made_by', 'index_path', 'write_shard', 'file_sha', 'read_index', 'fault', 'claim',
+           'shard_ids', 'is_finished', 'write_quadruples', 'read_member', 'Quadruples', 'reach', 'compare', 'by_slot',
+           'verify', 'counts', 'sheet', 'human', 'told', 'RolloutArgs', 'source_of', 'with_changes', 'brought',
+           'load_roller', 'main', 'show', 'report']
 
 # %% ../nbs/22_rollout.ipynb #e1e2fa3b
 import contextlib, copy, dataclasses, hashlib, io, itertools, json, os, sys, tarfile, tempfile
@@ -183,7 +183,7 @@ def pictures_from(
     if not tars: return FolderPictures(path, view.size)
     return RingPictures(path, view.size) if any(t.name.startswith('rings-') for t in tars) and place(path).is_dir() else ShardPictures(tars, view.size)
 
-# %% ../nbs/22_rollout.ipynb #83cdbe36
+# %% ../nbs/22_rollout.ipynb #d0d051a7
 def plan(
     i:int,           # sample number
     source,          # pictures
@@ -198,6 +198,12 @@ def plan(
     zeta = torch.rand((), generator=torch.Generator().manual_seed(seed_of('background', seed, who['sha'], k)))
     return dict(key=f'{i:09d}', index=i, k=k, picture=who, noise_seed=seed_of('noise', seed, who['sha'], k), offset=offset.item(),
                 elevation=e.item() if elevation is None or view.fixed_cameras else float(elevation), background=(1-(1-zeta)**3).item()) | fixed, rgba
+
+def family_of(
+    rec:dict, # a record
+)->str:
+    "Whose quadruple it is: its picture's family, or its name where no family is known."
+    return rec['picture'].get('family', rec['picture']['name'])
 
 def inputs_of(
     records:list, # from `plan`
@@ -255,7 +261,7 @@ def attention_by(
     order = dict(flash=[S.FLASH_ATTENTION, S.EFFICIENT_ATTENTION, S.MATH], cudnn=[S.CUDNN_ATTENTION, S.FLASH_ATTENTION, S.EFFICIENT_ATTENTION, S.MATH])
     with sdpa_kernel(order[kind], set_priority=True) if kind else contextlib.nullcontext(): yield
 
-# %% ../nbs/22_rollout.ipynb #68c30679
+# %% ../nbs/22_rollout.ipynb #a444e753
 class Roller:
     "A teacher made ready to roll out, and the settings that decide its bytes."
     def __init__(
@@ -298,17 +304,17 @@ class Roller:
         oi = torch.cat([to_bytes(self.teacher.decode(part).float()) for part in z.split(n)])
         return z[slots], oi[slots]
 
-    def seen(
-        self,
-        rgba:Tensor, # from `plan`, uint8: (n, 4, S, S)
-        oi:Tensor,   # uint8: (n, V, 3, S, S), or None
-    )->Tensor:       # II, uint8: (n, 4, S, S)
-        "The input pictures; of a teacher that had none, its view at azimuth 90."
-        if not self.words: return rgba
-        front = oi[:, self.cfg.view.input_view].cpu()
-        return torch.cat([front, torch.full_like(front[:, :1], 255)], 1)
+def input_pictures(
+    roller:Roller,
+    rgba:Tensor, # from `plan`, uint8: (n, 4, S, S)
+    oi:Tensor,   # uint8: (n, V, 3, S, S), or None
+)->Tensor:       # II, uint8: (n, 4, S, S)
+    "II; of a teacher that had none, its view at azimuth 90."
+    if not roller.words: return rgba
+    front = oi[:, roller.cfg.view.input_view].cpu()
+    return torch.cat([front, torch.full_like(front[:, :1], 255)], 1)
 
-# %% ../nbs/22_rollout.ipynb #9526ac77
+# %% ../nbs/22_rollout.ipynb #8a1086a2
 def micro_batches(
     ids,        # sample numbers, rising
     roller:Roller,
@@ -341,14 +347,14 @@ def roll(
     for records, rgba in prefetched(micro_batches(range(count), roller, source), 2):
         z, oi = roller(records, rgba)
         recs += records
-        parts.append((roller.seen(rgba, oi), oi.cpu(), z.half().cpu()))
+        parts.append((input_pictures(roller, rgba, oi), oi.cpu(), z.half().cpu()))
         bar.update(len(records))
     bar.close()
     if not recs: raise UserError('no picture could be used')
     rgba, oi, z = (torch.cat(x) for x in zip(*parts))
     return dict(records=recs, rgba=rgba, oi=oi, z=z, settings=dict(roller.settings, pictures=source.digest))
 
-# %% ../nbs/22_rollout.ipynb #b339642f
+# %% ../nbs/22_rollout.ipynb #e4d8ef34
 def member_bytes(
     rec:dict,     # the record, as it will be stored
     rgba:Tensor,  # uint8: (4, S, S)
@@ -370,12 +376,6 @@ def made_by(
     "Where equal bytes may be expected: same device, same versions."
     cuda = torch.device(device).type == 'cuda'
     return dict(device=torch.cuda.get_device_name(device) if cuda else f'cpu, {torch.get_num_threads()} threads', torch=torch.__version__)
-
-def family_of(
-    rec:dict, # a record
-)->str:
-    "Whose quadruple it is: its picture's family, or its name where no family is known."
-    return rec['picture'].get('family', rec['picture']['name'])
 
 def index_path(tar): # a shard
     "Where the shard's index lies."
@@ -474,7 +474,7 @@ def is_finished(
     if why := fault(tar, check): say(f'{tar}: {why}; making it again'); return False # one that lost its tar or its index included
     return read_index(tar).get('ids') == [ids.start, ids.stop]
 
-# %% ../nbs/22_rollout.ipynb #516c7d3a
+# %% ../nbs/22_rollout.ipynb #b58b3308
 def write_quadruples(
     roller:Roller,
     source,            # pictures
@@ -508,7 +508,7 @@ def write_quadruples(
         for s, batch in ahead:
             if batch:
                 z, oi = roller(*batch, decode=store != 'latents' or roller.words)
-                parts.append((batch[0], roller.seen(batch[1], oi), [None]*len(z) if oi is None else oi.cpu(), z.cpu())); bar.update(len(batch[0]))
+                parts.append((batch[0], input_pictures(roller, batch[1], oi), [None]*len(z) if oi is None else oi.cpu(), z.cpu())); bar.update(len(batch[0]))
             else:
                 waiting.append(pool.submit(finish, s, parts)); parts = []
                 if len(waiting) > 2: waiting.pop(0).result() # an error in the thread, a full disk say, is raised here
@@ -765,20 +765,7 @@ def told(
     lines += [f'pictures that could not be used: {c["left_out"]}']*bool(c['left_out'])+[f'made on {made(k)}: {n:,}' for k, n in c['made_by'].items()]+c['faults']
     return '\n'.join(lines)
 
-# %% ../nbs/22_rollout.ipynb #6c939b49
-CHOICES = 'diffusion.guidance', 'diffusion.sample_steps', 'view.elevation', 'rollout_batch', 'quadruples' # of a run, whatever the teacher
-
-def with_changes(
-    cfg,          # a dataclass
-    changes:dict, # dotted name -> value
-): # the same with other values
-    "Replace fields by their dotted names."
-    for k, v in changes.items():
-        first, _, rest = k.partition('.')
-        cfg = replace(cfg, **{first: with_changes(getattr(cfg, first), {rest: v}) if rest else v})
-    return cfg
-
-# %% ../nbs/22_rollout.ipynb #3cbafd3d
+# %% ../nbs/22_rollout.ipynb #868b9e80
 @dataclass(frozen=True)
 class RolloutArgs:
     "Roll a teacher out into shards of quadruples {N, C, II, OI}; verify them; say what is there."
@@ -802,17 +789,7 @@ class RolloutArgs:
     checksums:bool=False # stats: read all shards and compare their checksums, which finds a flipped byte; else their lengths only
     cfg:Cfg=SCALES['tiny']
 
-def brought(
-    a:RolloutArgs,
-    teacher, # with a configuration of its own
-)->Config:
-    "The teacher's configuration, with the choices of the command line. Raises UserError for what is not a choice."
-    asked = {k: v for k, (_, v) in differences(dataclasses.asdict(SCALES[a.scale]), dataclasses.asdict(a.cfg)).items()}
-    if odd := [k for k in asked if k not in CHOICES]: raise UserError(f'{a.teacher}: {", ".join(odd)} cannot be chosen with this teacher; it leaves {", ".join(CHOICES)}')
-    c = check(with_changes(getattr(teacher, 'config', teacher.cfg), asked))
-    note(f'{a.teacher} brings its own configuration: {c.view.n_views} views of {c.view.size} px, {c.diffusion.sample_steps} steps, guidance {c.diffusion.guidance:g}, micro-batches of {c.rollout_batch}')
-    return c
-
+# %% ../nbs/22_rollout.ipynb #7c75cff0
 def source_of(
     a:RolloutArgs,
     view:ViewConfig, # its size
@@ -825,6 +802,31 @@ def source_of(
     if not lines: raise UserError(f'{a.prompts}: holds no prompts; give one a line')
     return Prompts(lines, view.size)
 
+# %% ../nbs/22_rollout.ipynb #01dc59ff
+CHOICES = 'diffusion.guidance', 'diffusion.sample_steps', 'view.elevation', 'rollout_batch', 'quadruples' # of a run, whatever the teacher
+
+def with_changes(
+    cfg,          # a dataclass
+    changes:dict, # dotted name -> value
+): # the same with other values
+    "Replace fields by their dotted names."
+    for k, v in changes.items():
+        first, _, rest = k.partition('.')
+        cfg = replace(cfg, **{first: with_changes(getattr(cfg, first), {rest: v}) if rest else v})
+    return cfg
+
+def brought(
+    a:RolloutArgs,
+    teacher, # with a configuration of its own
+)->Config:
+    "The teacher's configuration, with the choices of the command line. Raises UserError for what is not a choice."
+    asked = {k: v for k, (_, v) in differences(dataclasses.asdict(SCALES[a.scale]), dataclasses.asdict(a.cfg)).items()}
+    if odd := [k for k in asked if k not in CHOICES]: raise UserError(f'{a.teacher}: {", ".join(odd)} cannot be chosen with this teacher; it leaves {", ".join(CHOICES)}')
+    c = check(with_changes(getattr(teacher, 'config', teacher.cfg), asked))
+    note(f'{a.teacher} brings its own configuration: {c.view.n_views} views of {c.view.size} px, {c.diffusion.sample_steps} steps, guidance {c.diffusion.guidance:g}, micro-batches of {c.rollout_batch}')
+    return c
+
+# %% ../nbs/22_rollout.ipynb #ca43ef44
 def load_roller(
     a:RolloutArgs,
     device,
@@ -847,7 +849,7 @@ def load_roller(
     low = a.cfg.fit_teacher.precision if ours else 'bf16' if torch.device(device).type == 'cuda' else 'fp32'
     return Roller(teacher, a.cfg, a.seed, a.precision or low, a.compile, a.attention)
 
-# %% ../nbs/22_rollout.ipynb #a314bf2f
+# %% ../nbs/22_rollout.ipynb #3e9cf086
 def main(
     args=None, # list of str, default sys.argv[1:]
 ):
@@ -873,6 +875,7 @@ def main(
         got = write_quadruples(roller, source, a.count or a.cfg.quadruples, a.out, a.store, a.shard, env('RANK', 0), env('WORLD_SIZE', 1), check=a.check == 'sha')
         print(f'{a.out}: {got["made"]} quadruples made, {got["kept"]} were there')
 
+# %% ../nbs/22_rollout.ipynb #13e43793
 def show(
     a:RolloutArgs,
     device,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['apart', 'losses', 'small_stage', 'flags', 'begin', 'ended', 'slow', 'bench_equal', 'bench_resume']
 
-# %% ../nbs/89_same_run.ipynb #98d41903
-import contextlib, dataclasses, os, signal, subprocess, sys, tempfile, time
+# %% ../nbs/89_same_run.ipynb #9a0369af
+import dataclasses, os, signal, subprocess, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 

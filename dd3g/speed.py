@@ -323,7 +323,7 @@ def step_parts(
     return {'encoders':(see, 1), 'PE':(both(read, tokens), 1), 'PD':(both(decode, x), 1), 'rasteriser':(both(draw, *fields), 2), 'MSE and LPIPS':(both(judge, views), 1),
             'VAE encoder':(both(squeeze, views), 1), 'verifier':(ask, 1), 'optimiser':(optimise, 1)}
 
-# %% ../nbs/88_speed.ipynb #dc22b3fc
+# %% ../nbs/88_speed.ipynb #19e36ee4
 def bench_profile(
     cfg:Config,     # size of everything
     repeats:int=3,  # calls that count, at least
@@ -333,6 +333,7 @@ def bench_profile(
     precision:str='', # fp32 or bf16; '': the scale's own
 ): # yields (name, value, unit, settings)
     "A joint training step part by part, plain and prepared."
+    if cfg.student.backbone != 'pepd': raise UserError(f'--student.backbone {cfg.student.backbone}: only PEPD is cut into its phases here; measure the others with train and generate')
     clock, n, prec = Clock(seconds), batch or min(12, cfg.fit.batch), precision or cfg.fit.precision
     def variant(name, compiled, lean):
         clean()

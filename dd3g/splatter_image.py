@@ -94,7 +94,7 @@ class UNet(nn.Module):
         for b in self.up: x = b(x if b.resize > 1 else torch.cat([x, kept.pop()], 1))
         return F.silu(self.norm(x))
 
-# %% ../nbs/34_splatter_image.ipynb #a794a8b1
+# %% ../nbs/34_splatter_image.ipynb #67e38a40
 class SplatterImage(ImageTo3D):
     "Table II (b): Splatter Image (Szymanowicz et al. 2024) in our frames."
     exact = 'origin', 'rays' # stay float32 whatever the weights are
@@ -112,7 +112,7 @@ class SplatterImage(ImageTo3D):
         self.register_buffer('origin', origin, persistent=False); self.register_buffer('rays', rays, persistent=False)
         lo,hi = cfg.student.scale_range
         with torch.no_grad():
-            nn.init.normal_(self.head.weight, std=.01); nn.init.zeros_(self.head.bias)
+            nn.init.normal_(self.head.weight, std=.05); nn.init.zeros_(self.head.bias)
             depth,offset,scale,quat,color,alpha = self.head.bias.split(list(self.SPLIT.values()))
             self.head.weight[1:4] *= .1 # offsets are world units
             scale.fill_(logit((s.scale_init-lo)/(hi-lo))); quat[0] = 1.; alpha.fill_(logit(s.alpha_init))

@@ -324,7 +324,7 @@ def evaluate(
     res  = dict(autoencoder=psnr(through_autoencoder(teacher, flat), flat)) | by_view(true, got, boards(rgba, elevation, spread(*rgba.shape[:2]), teacher.cfg.view), teacher.cfg.view)
     return {k: round(float(x.mean()), 2) for k, x in res.items()}
 
-# %% ../nbs/23_teach.ipynb #08b10b2c
+# %% ../nbs/23_teach.ipynb #e1ebc62a
 WHITE = .95 # a pixel belongs to the object if one of its channels is below
 
 def silhouettes(
@@ -348,13 +348,13 @@ def explained(
     d    = torch.stack([*(tan*torch.stack(torch.meshgrid(uv, uv, indexing='xy'))), torch.ones(rays, rays, device=masks.device)], -1) # (r, r, 3), depth 1
     far  = cams.positions.norm(dim=-1)[..., None] + radius*torch.linspace(-1, 1, depths, device=masks.device)     # (B, V, D)
     p    = torch.einsum('bvij,hwj->bvhwi', cams.c2w[..., :3, :3], d)[..., None, :]*far[:, :, None, None, :, None] + cams.positions[:, :, None, None, None] # (B, V, r, r, D, 3)
-    soft = masks.float()[:, :, None]
-    look = lambda u, q: F.grid_sample(soft[:, u], q, align_corners=False)[:, 0] > .5 # view u at (B, ., ., 2)
-    own  = torch.stack([look(v, torch.stack(torch.meshgrid(uv, uv, indexing='xy'), -1).expand(B, -1, -1, -1)) for v in range(V)], 1)
+    wide = F.max_pool2d(masks.float(), 3, 1, 1)[:, :, None] # a pixel wider: an edge-on sheet may fall between two rays
+    look = lambda m, u, q: F.grid_sample(m[:, u], q, align_corners=False)[:, 0] > .5 # view u at (B, ., ., 2)
+    own  = torch.stack([look(masks.float()[:, :, None], v, torch.stack(torch.meshgrid(uv, uv, indexing='xy'), -1).expand(B, -1, -1, -1)) for v in range(V)], 1)
     ok   = torch.ones(B, V, rays*rays, depths, dtype=torch.bool, device=masks.device)
     for u in range(V):
         q  = torch.einsum('bij,bvrj->bvri', cams.w2c[:, u, :3, :3], p.flatten(2, 4)) + cams.w2c[:, u, None, None, :3, 3] # (B, V, r*r*D, 3)
-        at = look(u, (q[..., :2]/(q[..., 2:].clamp(min=1e-6)*tan))).unflatten(-1, (-1, depths))
+        at = look(wide, u, (q[..., :2]/(q[..., 2:].clamp(min=1e-6)*tan))).unflatten(-1, (-1, depths))
         at[:, u] = True                                                                  # a view does not judge itself
         ok &= at
     return own, own & ok.any(-1).unflatten(-1, (rays, rays))

@@ -10,7 +10,7 @@ __all__ = ['MEAN_STD', 'SUFFIX', 'NEGATIVE', 'MAKERS', 'LATER', 'timestep_embedd
            'with_prefix', 'original_ids', 'ids_of', 'Condition', 'Teacher', 'config_of', 'fill', 'maker', 'own_file',
            'MVDream', 'maker_of', 'MultiViewTeacher', 'inspect', 'report', 'TeacherArgs', 'main']
 
-# %% ../nbs/20_teacher.ipynb #8d1f73d9
+# %% ../nbs/20_teacher.ipynb #bf677e44
 import importlib, json, math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Optional, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ import tyro
 from safetensors import safe_open
 from torch import Tensor
 
-from .core import UserError, cli, fix_torchvision, sha
+from .core import PACKAGE, UserError, cli, fix_torchvision, sha
 from .config import SCALES, AutoencoderConfig, Cfg, Config, EncoderConfig, TeacherConfig, check, from_dict, parse, to_json
 from .cameras import Cameras, view_cameras
 from .loop import load_into, load_weights, save_weights
@@ -616,7 +616,7 @@ def _embed(self:Teacher,
 
 Teacher.context, Teacher.embed = _tokens, _embed
 
-# %% ../nbs/20_teacher.ipynb #7d5744ce
+# %% ../nbs/20_teacher.ipynb #bae603aa
 def _save(self:Teacher,
     path,        # of the safetensors file
     dtype=None,  # store in another precision, e.g. torch.bfloat16
@@ -642,7 +642,16 @@ def _fingerprint(self:Teacher)->str: # 16 hex digits
     c = self.cfg
     return sha(*(to_json(x) for x in (c.view, c.ae, c.diffusion, c.teacher)), *(v for _, v in sorted(self.state_dict().items())))
 
-Teacher.save, Teacher.load, Teacher.fingerprint = _save, staticmethod(_load), _fingerprint
+def _shipped(
+    scale:str='mini', # whose
+    device='cpu', # where it goes
+)->Teacher:       # float32, frozen, in evaluation mode
+    "The small teacher that comes with the package. Raises UserError where there is none."
+    path = PACKAGE/'weights'/f'{scale}_teacher.safetensors'
+    if not path.exists(): raise UserError(f'{path}: no teacher of scale {scale} is installed with the package; train one by python -m dd3g.teach --scale {scale}, and give its file to Teacher.load')
+    return _load(path, device)
+
+Teacher.save, Teacher.load, Teacher.shipped, Teacher.fingerprint = _save, staticmethod(_load), staticmethod(_shipped), _fingerprint
 
 # %% ../nbs/20_teacher.ipynb #4d165f55
 def config_of(

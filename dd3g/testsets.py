@@ -142,7 +142,7 @@ def _cameras(
     M = torch.tensor(rows, dtype=torch.float32).view(-1, 3, 4)
     return Cameras(torch.cat([M, torch.tensor([0., 0, 0, 1]).expand(len(M), 1, 4)], 1), fov)
 
-# %% ../nbs/51_testsets.ipynb #d16cc915
+# %% ../nbs/51_testsets.ipynb #9cb78338
 def freeze(
     cases:list,   # of (Case, group)
     p:Protocol,   # under which they were made
@@ -159,7 +159,7 @@ def freeze(
                          files={n: sha(d) for n, d in mine.items()}))
         files |= mine
     index = dict(kind=MARK, version=1, name=name or out.stem, protocol=dataclasses.asdict(p), protocol_hash=p.hash, objects_hash=sha(listed(cases)), cases=rows)
-    files[INDEX] = json.dumps(index).encode()
+    files = {INDEX: json.dumps(index).encode(), **files}
     if out.suffix != '.tar':
         for n, d in files.items():
             with whole_file(out/n) as tmp: tmp.write_bytes(d)
@@ -168,7 +168,7 @@ def freeze(
         for n, d in files.items(): info = tarfile.TarInfo(n); info.size = len(d); tar.addfile(info, io.BytesIO(d))
     return index
 
-# %% ../nbs/51_testsets.ipynb #1daf4fc2
+# %% ../nbs/51_testsets.ipynb #1781df16
 def is_frozen(
     path, # anything
 )->bool:
@@ -186,7 +186,7 @@ class Frozen:
             if self.path.is_file():
                 with tarfile.open(self.path, 'r:') as tar: self.at = {m.name: (m.offset_data, m.size) for m in tar}
             i = self.index = json.loads(self.bytes(INDEX))
-            if i['kind'] != MARK: raise KeyError
+            if i['kind'] != MARK or not {'version', 'protocol', 'protocol_hash', 'objects_hash', 'cases'} <= set(i): raise KeyError
         except UserError: raise UserError(f'{self.path}: no frozen test set (no {INDEX}); make one with python -m dd3g.testsets freeze') from None
         except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as e: raise UserError(f'{self.path}: damaged, or no frozen test set of dd3g; make it with python -m dd3g.testsets freeze') from None
         self.protocol = from_dict(Protocol, i['protocol'], self.path)

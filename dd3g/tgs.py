@@ -154,10 +154,9 @@ class TriplaneDecoder(nn.Module):
         x = self.norm(x).unflatten(1, (-1, self.side, self.side)).flatten(0, 1).movedim(-1, 1) # (3 B, D, R, R)
         return self.larger(x).movedim(1, -1).unflatten(0, (-1, 3))
 
-# %% ../nbs/35_tgs.ipynb #2b959679
+# %% ../nbs/35_tgs.ipynb #a9931083
 class TGS(ImageTo3D):
     "Table II (a): Triplane meets Gaussian Splatting (Zou et al. 2024) in our frames."
-    exact = 'encoder.mean', 'encoder.std', 'points.anchor', 'w2c' # stay float32 whatever the weights are
     def __init__(self,
         cfg:Config,   # any scale; sizes in student.tgs
         encoder=None, # folder or hub name of the image encoder's published weights (DINOv2); None: random
@@ -172,13 +171,14 @@ class TGS(ImageTo3D):
         n = [s.points*math.prod(s.upsample[:i]) for i in range(len(s.upsample))] # points before each split
         self.splits = nn.ModuleList(Split(s.width, seen, k, 2*cfg.view.object_radius*m**(-1/3)) for k,m in zip(s.upsample, n))
         self.planes = TriplaneDecoder(s, seen)
+        self.exact  = 'encoder.mean', 'encoder.std', 'points.anchor', 'w2c', *[f'splits.{i}.spread' for i in range(len(n))] # stay float32 whatever the weights are
         self.gaussian = nn.Sequential(nn.Linear(3*s.plane_channels+seen, s.hidden), nn.SiLU(), nn.Linear(s.hidden, s.hidden), nn.SiLU(), nn.Linear(s.hidden, 14))
         cam = input_camera(cfg.view)
         self.focal = 1/math.tan(math.radians(cfg.view.fov)/2)
         self.register_buffer('w2c', cam.w2c[0], persistent=False)
         lo,hi = cfg.student.scale_range
         with torch.no_grad():
-            nn.init.normal_(self.gaussian[-1].weight, std=.01); nn.init.zeros_(self.gaussian[-1].bias)
+            nn.init.normal_(self.gaussian[-1].weight, std=.05); nn.init.zeros_(self.gaussian[-1].bias)
             offset,scale,quat,color,alpha = self.gaussian[-1].bias.split([3, 3, 4, 3, 1])
             scale.fill_(logit((s.scale_init-lo)/(hi-lo))); quat[0] = 1.; alpha.fill_(logit(s.alpha_init))
 

@@ -6,15 +6,12 @@
 __all__ = ['TRUE', 'nested_set', 'on_ring', 'ring_index', 'TrueViews', 'true_quadruple', 'true_settings', 'write_true_quadruples',
            'TrueArgs', 'main']
 
-# %% ../nbs/25_true_views.ipynb #d240fd63
-import dataclasses, json, sys, typing
+# %% ../nbs/25_true_views.ipynb #e368da43
+import dataclasses, json, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import tyro
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import UserError, cli, seed_of, sha
@@ -97,7 +94,7 @@ def true_quadruple(
     x = source.ring(who['ring'])[ring_index(who['view'], rec['offset'], view.n_views, source.n)]
     return rec, rgba, to_bytes(composite(x.float()/255, rec['background']))
 
-# %% ../nbs/25_true_views.ipynb #a96b0951
+# %% ../nbs/25_true_views.ipynb #30489bdf
 def true_settings(
     source:TrueViews,
     cfg:Config, # view, noise_shape
@@ -120,6 +117,7 @@ def write_true_quadruples(
 )->dict:             # shards: numbers of those made now; made, kept: samples
     "Make the missing shards of true views. `Quadruples` reads them."
     rings, out, count = rings if hasattr(rings, 'meta') else Rings(rings), place(out), count or cfg.quadruples
+    if rings.size != cfg.view.size: raise UserError(f'rings of {rings.size} px, the configuration asks for {cfg.view.size}; give others by --data, or another --scale')
     odd = [k for k in ('radius', 'fov') if any(abs(m[k]-getattr(cfg.view, k)) > 1e-6 for m in rings.meta)]
     if odd: raise UserError(f'rings drawn with another {" and ".join(odd)} than the configuration has; give --view.{odd[0]} {rings.meta[0][odd[0]]:g}')
     source = TrueViews(rings, rows, cfg.view.size, inputs)

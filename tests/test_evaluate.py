@@ -9,8 +9,8 @@ from PIL import Image
 
 from dd3g.cameras import Cameras, orbit, ring
 from dd3g.core import UserError
-from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, bootstrap, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, holm, in_ball, judge, main, moved, of_plys, of_renders,
-                           open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, to_view, turn_of, views_of, weighted_span)
+from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, bootstrap, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, habits, holm, in_ball, judge, main, moved, of_model, of_plys, of_renders, of_teacher,
+                           open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, teacher_views, to_view, turn_of, views_of, weighted_span)
 from dd3g.gaussians import Gaussians
 from dd3g.splats import Splats, draw, save_splats
 from dd3g.testsets import Case, Protocol, shrink, turn_z
@@ -267,3 +267,84 @@ def test_checkpoint_meets_a_steep_camera(tmp_path):
     g = Generator.from_pretrained(tmp_path/'t.safetensors').batch([rgba]*2, [0, 1], [(0., top)]*2)[0]
     a, b = draw(s, c.source, 32).rgb, draw(Splats(g), orbit(90., top), 32).rgb
     assert (a-b).abs().max() < .02 and of_checkpoint(tmp_path/'t.safetensors').about['sha']
+
+# in memory: students, teachers, what is measured against a teacher
+
+@pytest.fixture(scope='module')
+def tiny():
+    from dd3g.config import SCALES
+    from dd3g.pepd import PEPD
+    from dd3g.teacher import Teacher
+    torch.manual_seed(0)
+    return SCALES['tiny'], PEPD(SCALES['tiny']), Teacher(SCALES['tiny']).eval()
+
+def test_student_in_memory_is_left_as_it_was(tiny, case):
+    cfg, G, _ = tiny; G.train()
+    trains = [p.requires_grad for p in G.parameters()]
+    one, many = of_model(G, cfg, 'mine', samples=3), of_model(G, cfg, 'mine', samples=3, batch=2)
+    a = one.answer(case); many.prepare([case_of(thing(1), 'other'), case]); b = many.answer(case)
+    assert G.training and [p.requires_grad for p in G.parameters()] == trains and not a[0].g.mu.requires_grad
+    assert len(a) == 3 and all(torch.allclose(x.g.mu, y.g.mu, atol=1e-5) for x, y in zip(a, b)) and one.about['seed'] == 0
+    later = of_model(G, cfg, 'mine', samples=1, seed=2).answer(case)[0] # the third sample is the first of seed 2
+    assert torch.allclose(later.g.mu, a[2].g.mu, atol=1e-5)
+
+def test_many_at_once_is_one_by_one(case):
+    "Samples that go through the judge together get the marks they get alone."
+    gs = [thing(), thing(1), thing(2)]; gs[1] = gs[1].transform(turn_z(90.)); gs[2].alpha *= 0
+    answers = [Splats(g) for g in gs]
+    r, _ = judge(answers, case, P); alone = [judge([a], case, P)[0] for a in answers]
+    assert r['turns'] == [t for a in alone for t in a['turns']] and r['turns'][1] == 270
+    for mode in ('unaligned', 'aligned'):
+        for k in ('psnr', 'ssim', 'iou', 'sharpness', 'chroma', 'white'): assert r[mode][k] == pytest.approx(np.mean([a[mode][k] for a in alone]), abs=1e-4), (mode, k)
+
+def test_white_and_chroma():
+    g = thing(); g.color[:100] = .99; g.alpha[:50] = .05
+    assert habits(g)['white'].item() == pytest.approx(50/400) and habits(Gaussians(g.mu, g.scale, g.quat, g.color*0+.3, g.alpha))['chroma'] < 1e-6
+    red = g.color*0; red[:, 0] = 1
+    assert habits(Gaussians(g.mu, g.scale, g.quat, red, g.alpha))['chroma'].item() == pytest.approx(1)
+
+def test_teacher_in_memory(tiny):
+    cfg, G, T = tiny
+    c = case_of(thing(), p=P, elevation=3.); who = of_teacher(T, samples=3, steps=2)
+    views = who.answer(c); there = views[0].there
+    assert len(views) == 3 and there.nonzero().flatten().tolist() == [0, 3, 6, 9]
+    want = teacher_views(T, torch.stack([shrink(c.rgba, 32)]*3), torch.full((3,), 3.), [0, 1, 2], steps=2) # azimuths 0, 90, 180, 270; the ring begins at 90
+    for k in range(3): assert torch.allclose(views[k].rgba[[9, 0, 3, 6], :3], want[k], atol=1e-5)
+    res = evaluate([(c, '')], [who, of_model(G, cfg, 'student', samples=3)], replace(P, normalise='none'), teacher=who, floor=False)['methods'] # a teacher's picture is not moved
+    t, s = (res[k]['objects'][0]['unaligned'] for k in ('teacher', 'student'))
+    assert t['energy'] < 0 < s['energy'] and t['diversity'] == pytest.approx(1) and t['own_psnr'] == 100 > t['other_psnr'] and t['teacher_sharpness'] == pytest.approx(1)
+    assert t['mean_of_k_psnr'] == pytest.approx(t['there_mean_of_k_psnr'], abs=1e-3) == t['teacher_mean_of_k_psnr'] and s['teacher_mean_of_k_psnr'] == pytest.approx(t['teacher_mean_of_k_psnr']) and len(t['psnr_views']) == 4
+    assert res['teacher']['notes'] == ['judged at the views that it draws only'] and 'own_psnr' in s
+
+def test_own_is_told_only_where_n_is_the_same(tiny):
+    cfg, G, T = tiny; c = case_of(thing(), elevation=3.)
+    res = evaluate([(c, '')], [of_model(G, cfg, 'other seeds', samples=3, seed=5)], P, teacher=of_teacher(T, samples=3, steps=1), floor=False)['methods']['other seeds']
+    assert 'own_psnr' not in res['objects'][0]['unaligned'] and 'energy' in res['objects'][0]['unaligned']
+
+def test_pictures_nobody_knows_the_sides_of(tiny, tmp_path, capsys):
+    from dd3g.testsets import freeze
+    cfg, G, T = tiny; c = case_of(thing(), elevation=3.); unknown = Case('found', c.rgba, c.source, c.cams, None, True)
+    rep = report(evaluate([(unknown, '')], [of_model(G, cfg, 'student', samples=2)], P, teacher=of_teacher(T, samples=2, steps=1)), [(unknown, '')], P)
+    row = rep['methods']['student']['mean']['unaligned']['all']
+    assert {'energy', 'diversity', 'own_psnr', 'white'} <= set(row) and 'psnr' not in row and not rep['floors'] and 'energy' in table(rep) and json.dumps(rep, allow_nan=False)
+    freeze([(unknown, '')], P, tmp_path/'p.tar')
+    with pytest.raises(SystemExit): main(f'--objects {tmp_path}/p.tar --out {tmp_path}/o.json --samples 2'.split())
+    assert 'name a teacher' in capsys.readouterr().err
+    T.save(tmp_path/'t.safetensors')
+    from dd3g.loop import save_weights
+    save_weights(G, tmp_path/'s.safetensors', cfg, 'student')
+    main(f'--objects {tmp_path}/p.tar --checkpoint {tmp_path}/s.safetensors --teacher {tmp_path}/t.safetensors --out {tmp_path}/o.json --samples 2 --lpips squeeze'.split())
+    assert 'energy' in json.loads((tmp_path/'o.json').read_text())['methods']['s']['mean']['aligned']['all']
+
+def test_each_set_has_its_own_mean_object():
+    cases = [(case_of(thing(s), f'a{s}'), 'a') for s in range(2)]+[(case_of(thing(s).transform(turn_z(90.)), f'b{s}'), 'b') for s in range(2)]
+    res = report(evaluate(cases, [], P), cases, P)['floors']['mean object']
+    alone = report(evaluate(cases[:2], [], P), cases[:2], P)['floors']['mean object']
+    assert set(res) == {'all', 'a', 'b'} and res['a']['psnr']['mean'] == pytest.approx(alone['all']['psnr']['mean'], abs=1e-4) and abs(res['a']['psnr']['mean']-res['all']['psnr']['mean']) > .01
+
+def test_contestants_are_asked_in_blocks(monkeypatch):
+    import dd3g.evaluate as E
+    monkeypatch.setattr(E, 'BLOCK', 2); seen = []
+    who = E.in_batches(Contestant('x', {}, None), lambda cs: seen.append(len(cs)) or [[Splats(thing())] for _ in cs])
+    cases = [(case_of(thing(), f'c{i}'), '') for i in range(3)]
+    assert len(evaluate(cases, [who], P, floor=False)['methods']['x']['objects']) == 3 and seen == [2, 1]

@@ -22,7 +22,7 @@ def judged(method, kind, psnr, on='YCB'): # a row without a run
 def world(root, s): # s=1: everything as the paper says; s=-1: everything the other way round
     at = lambda table, row, x, **kw: rehearse(root, {(table, row): 16+s*x}, **kw)
     own = dict(meter=dict(psnr=20., unseen_psnr=18+3*s, own_n=.5+.1*s, own_n_low=.45+.1*s, own_n_high=.55+.1*s, amplitude=1-.3*s))
-    for row, x in {'b': -.5, 'c': .5, "c'": .5, 'c"': .5, 'd': 1.5}.items(): at('II', row, x, **(own if row == 'd' else {}))
+    for row, x in {'b': -.5, 'c': .5, "c'": .5, 'c"': .5, 'd': 1.5}.items(): at('II', row, x, **(own if row == 'd' else dict(gflops=2-.5*s) if row == 'b' else {}))
     at('II', 'a', -1, gflops=2.+s); at('II', 'd+lookup', 2, **own)
     for row, x, chroma in (('explicit', 2, 1-.2*s), ('implicit', 1, 1+.2*s), ('joint', 3, 1.)):
         at('III', row, x, test=dict(chroma=chroma, transparent=.1), **(own if row == 'joint' else {}), **(dict(diverged=s < 0) if row == 'explicit' else {}))
@@ -78,6 +78,11 @@ def test_one_seed_of_everything_decides_nothing(tmp_path):
     b = Book(rehearse(tmp_path, seeds=1))
     assert value_of(b, ('II', 'd'), 'psnr').range is None
     assert not {c.judge(b)[1] for c in CLAIMS if c.kind == 'tables'}-{'not run yet', 'not testable here'}
+
+def test_less_data_is_not_a_verdict(tmp_path):
+    rehearse(rehearse(tmp_path, {('III', 'joint'): 18.}, quadruples=900), {('wrong', 'white background'): 16.}, 1, quadruples=300)
+    text, verdict = next(c for c in CLAIMS if c.words == 'White backgrounds lead to local optima').judge(Book(tmp_path))
+    assert verdict == 'not testable here' and '300 quadruples' in text
 
 def test_one_metric_against_is_a_contradiction(tmp_path):
     rehearse(tmp_path)

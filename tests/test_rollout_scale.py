@@ -12,6 +12,7 @@ from dd3g.cameras import view_cameras
 from dd3g.config import SCALES
 from dd3g.core import UserError, read_records
 from dd3g.ddim import Schedule, rollout
+from dd3g.meter import names_of
 from dd3g.rollout import (FolderPictures, Quadruples, Roller, ShardPictures, counts, fault, file_sha, main, pictures_from, plan, random_teacher, ready, shards_of, sheet, told, verify,
                           write_quadruples)
 from dd3g.store import Unreachable, place
@@ -167,6 +168,21 @@ def test_stats(home, quads, capsys, tmp_path):
     shutil.copytree(quads, tmp_path/'q'); (tmp_path/'q'/'quads-00001.tar').unlink()
     main(['stats', '--out', str(tmp_path/'q')])
     assert 'quads-00001.tar: missing' in capsys.readouterr().out and (tmp_path/'q'/'sheet.jpg').exists()
+    raw = bytearray((tmp_path/'q'/'quads-00002.tar').read_bytes()); raw[700] ^= 1; (tmp_path/'q'/'quads-00002.tar').write_bytes(raw)
+    for flag, seen in [((), False), (('--checksums',), True)]:
+        main(['stats', '--out', str(tmp_path/'q'), *flag])
+        assert ('quads-00002.tar: its checksum is wrong' in capsys.readouterr().out) == seen
+
+def test_names_come_from_the_index(quads, tmp_path, monkeypatch):
+    "Who is on which side of the split is known without opening a record; an index of an older version, or none, is made up for by reading."
+    names = names_of(Quadruples(quads))
+    monkeypatch.setattr(Quadruples, 'read', None)
+    assert names_of(Quadruples(quads, max_samples=5)) == names[:5] == [f'{i % 4}.png' for i in range(5)]
+    monkeypatch.undo()
+    shutil.copytree(quads, tmp_path/'q')
+    old = tmp_path/'q'/'quads-00000.json'; old.write_text(json.dumps({k: v for k, v in json.loads(old.read_text()).items() if k != 'names'}))
+    (tmp_path/'q'/'quads-00002.json').unlink()
+    assert names_of(Quadruples(tmp_path/'q')) == names
 
 def test_verbs_and_refusals(home, quads, capsys, tmp_path):
     main(['verify', *args(home, quads, '--verify', '2')])

@@ -87,6 +87,12 @@ def test_efficiency_of_two_processes(tmp_path):
     e, rate = rows['train.scaling_efficiency'], rows['train.samples_per_s']
     assert (rate['processes'], rate['batch']) == (2, 4) and 0 < e['value'] and e['value'] == pytest.approx(rate['value']/(2*e['alone_per_s']), rel=1e-2)
 
+def test_price_of_determinism(tmp_path, capsys):
+    "On a CPU nothing is compiled, so the two rates are of one thing."
+    code, out, _ = run(capsys, 'deterministic', '--repeats', 1, '--steps', 2, '--rollout-batch', 2, '--records', tmp_path)
+    row, = read_records('bench', tmp_path)
+    assert code == 0 and row['bench'] == 'rollout.deterministic_price' and not row['compile'] and row['value'] == pytest.approx(row['without']/row['with_rule'], rel=.01)
+
 @pytest.mark.cuda
 def test_recording_replays_the_forward_pass():
     gen = untrained(TINY)

@@ -1,5 +1,6 @@
 "Test sets in the layouts they are published in, with their traps."
 import json, math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dd3g.cameras import orbit
-from dd3g.core import UserError
-from dd3g.testsets import LENS, Protocol, cases_of, chosen, find_objects, opencv_c2w, read_exr, read_model, texture_of, tone_map
+from dd3g.cameras import orbit, ring
+from dd3g.core import UserError, sha
+from dd3g.testsets import (LENS, Case, Frozen, Protocol, asked, cases_of, chosen, find_objects, freeze, listed, main, opencv_c2w, picture_cases, read_cases, read_exr, read_model,
+                           texture_of, tone_map)
 
 P = Protocol(size=32, input_size=48, views=4)
 OBJ = '\n'.join(['mtllib {m}', *(f'v {x} {y} {z}' for z in (0, 2) for y in (0, 1) for x in (0, 1)), 'vt 0.25 0.5', 'vt 0.75 0.5', 'usemtl material_0',
@@ -154,3 +156,80 @@ def test_plain_models_groups_and_names(tmp_path):
 
 def test_protocol_hash():
     assert Protocol().hash == Protocol().hash != Protocol(views=16).hash
+
+# drawn once
+
+def sample_cases(size=24, views=3):
+    gen = torch.Generator().manual_seed(0); out = []
+    for i, n in enumerate(('a', 'deep/b')):
+        for az in ((0., 90.) if i else (0.,)):
+            rgba = torch.rand(4, 20, 20, generator=gen) if i else torch.randint(0, 256, (4, 20, 20), generator=gen).float()/255 # one that 8 bits cannot hold
+            cams = ring(views, 3.3+i)
+            out.append((Case(n, rgba, cams.views([0]), cams, torch.randint(0, 256, (views, 4, size, size), generator=gen).byte(), True, az, ('a note',)*i), f'set {i}'))
+    return out
+
+FP = Protocol(size=24, input_size=20, views=3)
+
+@pytest.mark.parametrize('name', ['set.tar', 'folder'])
+def test_frozen_comes_back_to_the_bit(tmp_path, name):
+    cases = sample_cases(); index = freeze(cases, FP, tmp_path/name)
+    f = Frozen(tmp_path/name)
+    assert f.protocol == FP and index['objects_hash'] == sha(listed(cases)) and [(e.name, e.group, e.layout) for e in find_objects(tmp_path/name)] == [('a', 'set 0', 'frozen'), ('deep/b', 'set 1', 'frozen')]
+    back, bad = read_cases(tmp_path/name, 'auto', asked(tmp_path/name, Protocol()))
+    assert not bad and sha(listed(back)) == sha(listed(cases))
+    for (a, g), (b, h) in zip(cases, back):
+        assert g == h and a.key == b.key and a.notes == b.notes and a.ring == b.ring and torch.equal(a.truth, b.truth) and torch.equal(a.rgba, b.rgba) and torch.equal(a.cams.c2w, b.cams.c2w) and torch.equal(a.source.c2w, b.source.c2w) and (a.cams.fov, a.source.fov) == (b.cams.fov, b.source.fov)
+    freeze(cases, FP, tmp_path/f'twice-{name}', index['name'])
+    if name.endswith('tar'): assert (tmp_path/name).read_bytes() == (tmp_path/f'twice-{name}').read_bytes()
+
+def test_frozen_protocol_is_its_own(tmp_path):
+    freeze(sample_cases(), FP, tmp_path/'s.tar')
+    assert asked(tmp_path/'s.tar', Protocol(normalise='ball')) == replace(FP, normalise='ball') and asked(tmp_path, Protocol(size=48)) == Protocol(size=48)
+    with pytest.raises(UserError, match='have views 3, not 6'): asked(tmp_path/'s.tar', Protocol(views=6))
+    with pytest.raises(UserError, match='frozen with size 24, not 128'): Frozen(tmp_path/'s.tar').cases('a', Protocol(views=3, input_size=20))
+
+def test_damaged_and_foreign_sets_are_one_line(tmp_path):
+    freeze(sample_cases(), FP, tmp_path/'s'); freeze(sample_cases(), FP, tmp_path/'s.tar')
+    change = lambda f, g: f.write_bytes(g(f.read_bytes()))
+    def says(match, path=tmp_path/'s'):
+        with pytest.raises(UserError, match=match) as e: [c for x in find_objects(path) for c in Frozen(path).cases(x.name)]
+        assert '\n' not in str(e.value)
+    change(tmp_path/'s'/'0001.truth.png', lambda d: d[:-20]+bytes([d[-20] ^ 1])+d[-19:]); says('0001.truth.png is damaged')
+    (tmp_path/'s'/'0001.truth.png').unlink(); says('0001.truth.png is absent')
+    good = (tmp_path/'s'/'set.json').read_text()
+    for a, b, why in (('"version": 1, "name"', '"version": 9, "name"', 'another version'), ('"align_step": 30.0', '"align_step": 31.0', 'another version'), ('dd3g frozen test set', 'something', 'no frozen test set'), ('"protocol"', '"protocoll"', 'damaged|no frozen')):
+        (tmp_path/'s'/'set.json').write_text(good.replace(a, b)); says(why)
+    (tmp_path/'s'/'set.json').write_text('{"kind": '); says('damaged')
+    for n, d in (('empty.tar', b''), ('text.tar', b'hello'*500), ('cut.tar', (tmp_path/'s.tar').read_bytes()[:9000])): (tmp_path/n).write_bytes(d); says('damaged|no frozen test set', tmp_path/n)
+    says('no such folder', tmp_path/'gone.tar')
+
+def test_pictures_without_truth(tmp_path):
+    (tmp_path/'pics').mkdir()
+    for i in range(3): im = Image.new('RGBA', (40, 40)); im.paste((200, 50*i, 0, 255), (10, 8, 30, 33)); im.save(tmp_path/'pics'/f'{i}.png')
+    cases = picture_cases(tmp_path/'pics', replace(FP, elevation=2.), 2)
+    freeze(cases, FP, tmp_path/'p.tar'); back, _ = read_cases(tmp_path/'p.tar', 'auto', FP)
+    assert [c.name for c, _ in back] == ['0.png', '1.png'] and back[0][0].truth is None and torch.equal(back[1][0].rgba, cases[1][0].rgba) and abs(float(back[0][0].source.elevation)-2) < 1e-3
+
+def test_rings_are_a_test_set(tmp_path):
+    from dd3g.objects import _png, _write_shard
+    x = torch.zeros(8, 4, 24, 24, dtype=torch.uint8); x[:, 0] = torch.arange(8, dtype=torch.uint8)[:, None, None]; x[:, 3, 4:20, 4:20] = 255
+    meta = lambda o, r: dict(name=f'o{o}', family=f'f{o}', source='procedural' if o else 'files', ring=r, elevation=float(r), azimuths=[45.*j for j in range(8)], radius=1.5, fov=49.1, size=24)
+    (tmp_path/'r').mkdir(); _write_shard(tmp_path/'r'/'rings-00000.tar', [(o, meta(o, r), _png(x)) for o in range(2) for r in range(2)])
+    p = asked(tmp_path/'r', Protocol(views=4, inputs=2, azimuth=45.)); back, _ = read_cases(tmp_path/'r', 'auto', p)
+    assert (p.size, p.input_size, p.views) == (24, 24, 4) and [(c.name, g, c.azimuth) for c, g in back] == [('o0', 'files', 45.), ('o0', 'files', 225.), ('o1', 'procedural', 45.), ('o1', 'procedural', 225.)]
+    assert back[0][0].truth[:, 0, 0, 0].tolist() == [1, 3, 5, 7] and back[1][0].truth[:, 0, 0, 0].tolist() == [5, 7, 1, 3] and 'not by pyrender' in back[0][0].notes[0]
+    with pytest.raises(UserError, match='have size 24, not 64'): asked(tmp_path/'r', Protocol(size=64))
+    main(f'freeze --objects {tmp_path}/r --out {tmp_path}/r.tar --held-out .5'.split())
+    assert len(Frozen(tmp_path/'r.tar').entries()) == 1
+
+@pytest.mark.draws
+def test_frozen_models_are_judged_alike(tmp_path):
+    "Live and frozen: one protocol, one list of objects, equal scores."
+    from dd3g.evaluate import run, EvaluateArgs
+    from dd3g.gaussians import demo_gaussians
+    from dd3g.splats import save_splats
+    for n in 'ab': tower(tmp_path/'models'/n, 'textured.obj', picture=tmp_path/'models'/n/'texture.png'); save_splats(demo_gaussians(300, seed=ord(n)), tmp_path/'plys'/f'{n}.ply', 'dd3g')
+    main(f'freeze --objects {tmp_path}/models --out {tmp_path}/f.tar --size 32 --input-size 48 --views 4'.split())
+    ask = lambda o, p: run(EvaluateArgs(objects=o, plys=(tmp_path/'plys',), out=tmp_path/f'{o.name}.json', lpips=(), pictures=False, protocol=p), quiet=True)
+    a, b = ask(tmp_path/'models', P), ask(tmp_path/'f.tar', Protocol())
+    assert all(a[k] == b[k] for k in ('protocol_hash', 'objects_hash', 'protocol', 'floors')) and a['methods'] == b['methods']
