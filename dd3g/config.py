@@ -122,7 +122,7 @@ class TgsConfig:
     @property
     def gaussians(self): return self.points*math.prod(self.upsample)
 
-# %% ../nbs/01_config.ipynb #a5eecdb0
+# %% ../nbs/01_config.ipynb #b1f078d3
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B), or a rival in its place."
@@ -145,7 +145,7 @@ class StudentConfig:
     taps_mu:tuple[float,...]=(.15, .7, .15)  # weights of three adjacent blocks for mu, s and q (Sec. IV-A)
     taps_color:tuple[float,...]=(.2, .8)     # weights of two adjacent blocks for c and alpha (Sec. IV-A)
     gaussians_per_token:int=512 # (Sec. IV-A)
-    scale_range:tuple[float,float]=(-9., -3.) # log of s, by a sigmoid (Sec. IV-A)
+    scale_range:tuple[float,float]=(-9., -3.) # log of s, by a sigmoid (Sec. IV-A); mini and small: from a fifth of a pixel's width, measured in the notebook of PD
     scale_init:float=-5.3      # log of s at initialisation: so wide that an untrained body is seen and seen through; measured in the notebooks of PD and PEPD
     alpha_init:float=.1        # opacity at initialisation (TGS, TRELLIS)
     offset:float=.3            # radius of a Gaussian's offset from its token's anchor, world units (bounded by tanh)
@@ -220,7 +220,7 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #e0847861
+# %% ../nbs/01_config.ipynb #b2961c12
 def _tiny():
     enc  = EncoderConfig(kind='vit', size=32, patch=8, width=48, depth=2, heads=3)
     fit  = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
@@ -243,7 +243,7 @@ def _mini():
     unet = TeacherConfig(channels=64, mult=(1, 2, 2), res_blocks=1, attention=(2, 1), head_dim=32, groups=16, context_dim=128, text_tokens=0,
                          image_tokens=8, resampler_depth=1, resampler_heads=4, resampler_head_dim=32, encoder=replace(enc, patch=8))
     pepd = StudentConfig(width=128, encoder=replace(enc, depth=3), pe_channels=48, pe_depth=2, pe_head_dim=16, pe_groups=16, pd_blocks=6, pd_heads=4,
-                         gaussians_per_token=26, scale_init=-4., lookup='gaussians',
+                         gaussians_per_token=26, scale_range=(-5.5, -3.), scale_init=-4., lookup='gaussians',
                          splatter_image=SplatterConfig(64, 48, (1, 2, 2), 2, (16,), 16, 16, scale_init=-4.2),
                          tgs=TgsConfig(replace(enc, depth=3), 128, 4, 4, 1024, (2, 4), 16, 32, 96, .0375, -4.))
     return Config(
@@ -257,7 +257,7 @@ def _small():
     enc, m = EncoderConfig(kind='vit', size=128, patch=8, width=224, depth=5, heads=8), _mini()
     unet = replace(m.teacher, mult=(1, 2, 3), res_blocks=2, attention=(4, 2), resampler_depth=2,
                    encoder=EncoderConfig(kind='vit', size=128, patch=16, width=128, depth=4, heads=4))
-    pepd = replace(m.student, width=224, encoder=enc, pe_channels=80, pe_head_dim=20, pd_blocks=8, pd_heads=8, gaussians_per_token=64, scale_init=-4.4,
+    pepd = replace(m.student, width=224, encoder=enc, pe_channels=80, pe_head_dim=20, pd_blocks=8, pd_heads=8, gaussians_per_token=64, scale_range=(-6.2, -3.), scale_init=-4.4,
                    splatter_image=SplatterConfig(128, 64, (1, 2, 2, 2), 3, (16,), 32, 16, scale_init=-4.9),
                    tgs=TgsConfig(enc, 224, 8, 4, 2048, (2, 4), 16, 48, 128, .0375, -4.4))
     return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=replace(m.ae, channels=(32, 64, 96)), teacher=unet, student=pepd,
@@ -267,7 +267,7 @@ _paper = Config(fit=FitConfig(precision='bf16', compile=True)) # the paper names
 
 SCALES = dict(tiny=_tiny(), mini=_mini(), small=_small(), paper=_paper) # the only four names there are
 
-# %% ../nbs/01_config.ipynb #758cd440
+# %% ../nbs/01_config.ipynb #92c6a001
 def whole_numbers(
     cfg:Config, # any configuration
 )->list:        # (field, its value, what must divide it, that value)
@@ -303,6 +303,8 @@ def check(
     for ch in {cfg.teacher.channels*m for m in cfg.teacher.mult}:
         if ch % cfg.teacher.head_dim or ch % cfg.teacher.groups: raise UserError(f'teacher: a level has {ch} channels, which teacher.head_dim={cfg.teacher.head_dim} and teacher.groups={cfg.teacher.groups} must divide')
     if s.scale_range[0] >= s.scale_range[1]: raise UserError(f'student.scale_range={s.scale_range} must be (low, high)')
+    start = s if s.backbone == 'pepd' else getattr(s, s.backbone)
+    if not s.scale_range[0] < start.scale_init < s.scale_range[1]: raise UserError(f'scale_init={start.scale_init} of the {s.backbone} student must lie inside student.scale_range={s.scale_range}')
     if not 1 <= d.sample_steps <= d.train_steps: raise UserError(f'diffusion.sample_steps={d.sample_steps} must be 1 to {d.train_steps}')
     if not 0 <= cfg.loss.sds_t[0] <= cfg.loss.sds_t[1] < d.train_steps: raise UserError(f'loss.sds_t={cfg.loss.sds_t} must lie in 0 to {d.train_steps-1}')
     if not (cfg.loss.explicit or cfg.loss.implicit): raise UserError('loss.explicit and loss.implicit are both off; nothing is left to learn from')

@@ -210,13 +210,14 @@ def scores(
     numbers = torch.stack([v.double() for v in out.values()]).tolist() # one transfer
     return dict(zip(out, numbers), psnr_views=[round(v, 3) for v in (each[0] if many else each).tolist()])
 
-# %% ../nbs/52_evaluate.ipynb #c1d95b3a
+# %% ../nbs/52_evaluate.ipynb #39b01b64
 @dataclass
 class Pictures:
     "A method's answer as pictures of the ring, in its order."
     rgba:Tensor # straight RGBA 0..1, NaN where a view is absent: (V, 4, S, S)
     guessed:bool=False # whether alpha was not there and comes from `opaque`
     notes:tuple=()
+    placed:bool=False # whether size and place are the input's already: then nothing is moved, since moving pictures blurs them
     @property
     def there(self): return self.rgba.flatten(1).isfinite().all(1) # (V,)
 
@@ -232,7 +233,7 @@ def views_of(
         return r.rgb.clamp(0, 1), r.alpha
     x = answer.rgba.roll(round(turn/360*len(answer.rgba)), 0)
     rgb = composite(x, p.background); alpha = opaque(rgb) if answer.guessed else x[:, 3:]
-    if p.normalise == 'none' or not case.ring: return rgb, alpha
+    if p.normalise == 'none' or answer.placed or not case.ring: return rgb, alpha
     box, want = box_of(alpha[0]), box_of(wanted(case, p.size, answer.guessed)[1])
     if not box[2:].min() > 0: return rgb, alpha
     around = torch.cos(torch.deg2rad(case.cams.azimuth-case.source.azimuth))
@@ -465,7 +466,7 @@ def of_checkpoint(
     path = Path(path or PACKAGE/'weights'/DEFAULT)
     return of_model(gen.model, gen.cfg, label or path.stem, samples, seed, kind='checkpoint', file=path.name, sha=sha(path))
 
-# %% ../nbs/52_evaluate.ipynb #46b3671d
+# %% ../nbs/52_evaluate.ipynb #4c58385f
 @torch.no_grad()
 def teacher_views(
     teacher,            # `Teacher`, on its device
@@ -513,7 +514,7 @@ def of_teacher(
         put = [student_inputs(c, teacher.cfg) for c in cases]
         rgba, e = torch.stack([x for x, _, _ in put]).repeat_interleave(samples, 0), torch.tensor([x for _, x, _ in put]).repeat_interleave(samples)
         views = teacher_views(fast, rgba, e, list(range(seed, seed+samples))*len(cases), guidance, steps).unflatten(0, (-1, samples)).cpu()
-        return [[Pictures(x, True) for x in known(v, c)] for v, c in zip(views, cases)]
+        return [[Pictures(x, True, placed=True) for x in known(v, c)] for v, c in zip(views, cases)]
     about = dict(kind='teacher', fingerprint=teacher.fingerprint(), samples=samples, seed=seed, guidance=guidance or d.guidance, steps=steps or d.sample_steps)
     return in_batches(Contestant(label, about, None, notes=['judged at the views that it draws only']), many)
 

@@ -44,19 +44,19 @@ def read_at(
     uv  = (x[..., :2, :]/x[..., 2:, :].clamp_min(1e-3)*(float(cams.K(S)[0, 0])/(S/2))).mT
     return F.grid_sample(pics.flatten(0, 1), uv.flatten(0, 1)[:, None], align_corners=False)[:, :, 0].mT.unflatten(0, (B, V))
 
-# %% ../nbs/55_lift.ipynb #51f154e7
+# %% ../nbs/55_lift.ipynb #97506383
 @dataclass(frozen=True)
 class LiftConfig:
     "How objects are fitted."
     gaussians:int=4096       # per object
     steps:int=300            # of Adam
     drawn:int=4              # views in each step, chosen among those given
-    lr:float=.05             # of scales, rotations, colours and opacities, before their activations
-    lr_mu:float=.006         # of centres, world units
+    lr:float=.1              # of scales, rotations, colours and opacities, before their activations
+    lr_mu:float=.012         # of centres, world units
     grid:int=40              # voxels along a side of the ball's box, for the beginning
     miss:float=.05           # how likely a point is that one view sees beside the object
     deep:float=.05           # how likely a point is that lies inside, against one near the surface
-    alpha:float=.5           # opacity at the beginning
+    alpha:float=.2           # opacity at the beginning
     scale_range:tuple[float,float]=(-7., -2.5) # of log s, by a sigmoid
     radius:float=.6          # of the ball that holds the object, world units
 
@@ -197,7 +197,7 @@ def lift_views(
         out += [g[k] for k in range(len(i))]
     return out
 
-# %% ../nbs/55_lift.ipynb #a67e445a
+# %% ../nbs/55_lift.ipynb #661f6ea9
 @dataclass(frozen=True)
 class LiftArgs:
     "Fit Gaussians to posed pictures: any method's views to .ply files."
@@ -216,7 +216,7 @@ class LiftArgs:
     fit:typing.Annotated[LiftConfig, tyro.conf.arg(name='')]=LiftConfig()
 
 def folders_of_views(
-    root:Path,
+    root:Path, # folder of pictures, or of folders of pictures
 )->dict: # name -> its pictures in order
     "Who is there to be lifted. Raises UserError."
     if not root.is_dir(): raise UserError(f'{root}: no such folder; give a folder of 000.png, 001.png, ...')

@@ -6,7 +6,7 @@
 __all__ = ['validate', 'wilson', 'n_survival', 'split_pictures', 'names_of', 'two_draws', 'student_views', 'alike',
            'knowledge_loss', 'MeterArgs', 'as_rolled', 'fits', 'measure', 'main']
 
-# %% ../nbs/38_meter.ipynb #c5f1ab1f
+# %% ../nbs/38_meter.ipynb #dd9a5876
 import json, math, sys, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from .metrics import Perceptual, psnr, ssim
 from .loop import load_into, load_weights
 from .teacher import Teacher
 from .ddim import Schedule, rollout
-from .rollout import Quadruples, family_of
+from .rollout import Quadruples, picture_family
 from .true_views import TRUE
 from .backbones import build_student
 
@@ -56,7 +56,7 @@ def n_survival(
     return dict(own_n=agree/n, own_n_low=own_low, own_n_high=own_high, explained=(1-left.sum()/power.sum()).item(), explained_low=low, explained_high=high,
                 amplitude=(own.sum()/power.sum()).sqrt().item())
 
-# %% ../nbs/38_meter.ipynb #d2da2b57
+# %% ../nbs/38_meter.ipynb #44452c2b
 def split_pictures(
     names:list,     # family (or picture) of each quadruple
     part:float=.05, # of the families to hold out
@@ -72,7 +72,7 @@ def names_of(
     data:Quadruples,
 )->list: # of str
     "The family of each quadruple's picture, or its name where no family is known. Shards say it in their index; older ones are read."
-    read = lambda i: data.names[i] or family_of(data.read(i, ('ii.png', 'oi.npy', 'z.npy'))['json']) # pictures stay where they are
+    read = lambda i: data.names[i] or picture_family(data.read(i, ('ii.png', 'oi.npy', 'z.npy'))['json']) # pictures stay where they are
     with ThreadPoolExecutor(4*data.workers) as pool: return list(pool.map(read, range(len(data)))) if None in data.names else list(data.names)
 
 # %% ../nbs/38_meter.ipynb #55b5cbd7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PEPD', 'count_flops', 'summary', 'PepdArgs', 'main', 'in_bf16']
 
-# %% ../nbs/33_pepd.ipynb #cad0731a
+# %% ../nbs/33_pepd.ipynb #443ae03b
 import copy, json, re
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch, tyro
 from torch import nn, Tensor
 
-from .core import cli
+from .core import UserError, cli
 from .cameras import Cameras
 from .config import SCALES, Cfg, Config, parse
 from .gaussians import Gaussians
@@ -105,7 +105,7 @@ def summary(
     parts.append(dict(part='the rest', **{k: v-sum(r[k] for r in parts) for k, v in total.items()})) # embeddings, anchors, projections
     return dict(tokens=s.tokens, image_tokens=s.encoder.tokens, pattern_tokens=s.pattern_tokens, gaussians_per_token=s.gaussians_per_token, gaussians=s.gaussians, trainable=trainable, **total, parts=parts)
 
-# %% ../nbs/33_pepd.ipynb #84c2e053
+# %% ../nbs/33_pepd.ipynb #5de739d8
 @dataclass(frozen=True)
 class PepdArgs:
     "Look at the student."
@@ -120,6 +120,7 @@ def main(
     "Entry point of `python -m dd3g.pepd`."
     with cli():
         a = parse(PepdArgs, args, 'python -m dd3g.pepd')
+        if a.cfg.student.backbone != 'pepd': raise UserError(f'--student.backbone {a.cfg.student.backbone} is no PEPD; python -m dd3g.backbones lists all of them')
         s = dict(scale=a.scale, **summary(a.cfg))
         if a.json: return print(json.dumps(s, indent=1))
         line = lambda name, p, f: print(f'{name:22} {p:>14,} {f/1e9:>12,.2f}')

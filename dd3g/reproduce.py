@@ -88,7 +88,7 @@ NESTED  = {'1/27':1/27, '1/9':1/9, '1/3':1/3} # parts of everything, for the cur
 SETS = {'n rendered':Quads((('rendered', 1.),)), 'n synthetic':Quads((('synthetic', .5),)), 'n/2 + n':_both(.5), 'n + 2n':_both(1.), # Table IV
         'nearly white':_both(1., brightest=.95)} | {k: _both(x) for k, x in NESTED.items()} | {f'true {p} %':Quads(((f'true {p} %', 1.),)) for p in PREMISE}
 
-# %% ../nbs/81_reproduce.ipynb #24788d01
+# %% ../nbs/81_reproduce.ipynb #22576e83
 PAPER = (('student.lookup', 'none'),) # Eq. 2 as it is written
 TABLE_II = {'a':(('student.backbone', 'tgs'),), 'b':(('student.backbone', 'splatter_image'),), 'c':(('student.pattern', 'none'),),
             "c'":(('student.pattern', 'constant'),), 'c"':(('student.pattern', 'shuffled'),), 'd':(), 'd+lookup':(('student.lookup', 'gaussians'),)}
@@ -113,7 +113,8 @@ def table_three(
     seeds,
 )->list: # of Run
     "Table III: objectives, at equal samples and at equal time."
-    return [Run('III', o, PAPER, objective=o, seed=s) for o in ('explicit', 'implicit', 'joint') for s in seeds]+[Run('III', o, PAPER, objective=o, seed=s, budget='time') for o in ('implicit', 'joint') for s in seeds]
+    rows = [(o, 'steps') for o in ('explicit', 'implicit', 'joint')]+[(o, 'time') for o in ('implicit', 'joint')]
+    return [Run('III', o, PAPER, objective=o, seed=s, budget=b) for o, b in rows for s in seeds]
 
 # %% ../nbs/81_reproduce.ipynb #43179dcb
 def the_rest(
@@ -175,7 +176,7 @@ def config_of(
     f = c.fit
     return check(replace(c, fit=replace(f, lr=run.lr or lr or f.lr, seed=run.seed, steps=run.steps, warmup=min(f.warmup, run.steps//10), grid_every=run.steps, save_every=max(1, min(f.save_every, run.steps//5)), keep=1)))
 
-# %% ../nbs/81_reproduce.ipynb #ba8a17bd
+# %% ../nbs/81_reproduce.ipynb #33ff9484
 STAGES = ('rings', 'teacher', 'scores', 'quadruples', 'tests', 'runs', 'figures', 'report')
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class ReproduceArgs:
     worker:typing.Optional[Path]=None # used by this program itself: do the job described in this folder
     cfg:Cfg=SCALES['tiny']
 
+# %% ../nbs/81_reproduce.ipynb #3d42e9be
 def checked(
     a:ReproduceArgs,
 )->ReproduceArgs: # with its folder
@@ -339,7 +341,7 @@ def score_it(
         return f'front {x["front"]:.2f} dB, side {x["side"]:.2f}, its mean of {a.samples} {x[f"side_mean_of_{a.samples}"]:.2f} (billboard {x["side_billboard"]:.2f})'
     stage('scores', out, key_of(T.fingerprint(), a.cfg.diffusion, a.samples, a.swept), measure)
 
-# %% ../nbs/81_reproduce.ipynb #15a5f972
+# %% ../nbs/81_reproduce.ipynb #f4ba58c2
 def pool_source(
     a:ReproduceArgs,
     name:str, # rendered, synthetic, or true P %
@@ -360,7 +362,8 @@ def roll_pool(
     source, n = pool_source(a, name)
     if name.startswith('true'): return write_true_quadruples(source, nested_set(source.meta, int(name.split()[1])/100), a.cfg, out, n)
     c = replace(a.cfg, ae=Teacher.load(teacher_path(a)).cfg.ae) # with the latents' measured scaling
-    roller = load_roller(RolloutArgs(teacher=str(teacher_path(a)), out=str(out), cfg=c), device())
+    fast = c.fit_teacher.compile and device().type == 'cuda' # about 280 quadruples a second against 110 on an H200, for 40 s of compiling
+    roller = load_roller(RolloutArgs(teacher=str(teacher_path(a)), out=str(out), compile=fast, cfg=c), device())
     env = lambda k, d: int(os.environ.get(k, d))
     write_quadruples(roller, source, n, out, rank=env('RANK', 0), world=env('WORLD_SIZE', 1))
 
@@ -381,7 +384,7 @@ def pack(
     with whole_file(path.with_suffix('.json')) as part: part.write_text(json.dumps(what))
     return what
 
-# %% ../nbs/81_reproduce.ipynb #2c2632dd
+# %% ../nbs/81_reproduce.ipynb #6e94d98d
 def pool_path(
     out:Path, # folder of the reproduction
     name:str, # of the pool
@@ -401,7 +404,7 @@ def rows_of(
         what = json.loads(path.with_suffix('.json').read_text())
         at = {f: rank(f) for f in set(what['family'])}
         bound = max(part, min(at.values())*(1+1e-9)) # one family at least
-        rows = [i for i, (f, b) in enumerate(zip(what['family'], what['bright'])) if at[f] < bound and b >= SETS[quads].brightest]
+        rows  = [i for i, (f, b) in enumerate(zip(what['family'], what['bright'])) if at[f] < bound and b >= SETS[quads].brightest]
         found.append((path, rows, what))
     if not any(rows for _, rows, _ in found): raise UserError(f'{quads}: no quadruple belongs to this set; roll more out by --quadruples')
     return found
@@ -427,7 +430,7 @@ class Pack:
         x = dict(x, rgba=x['rgba'].float()/255, oi=x['oi'].float()/255)
         return dict(x, image=composite(x['rgba'], x['background']))
 
-# %% ../nbs/81_reproduce.ipynb #f83599d2
+# %% ../nbs/81_reproduce.ipynb #ec8523f9
 def gpus()->list: # their numbers or names, as CUDA_VISIBLE_DEVICES wants them; empty without any
     "The GPUs that this process may use."
     n, seen = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES', '')
@@ -461,8 +464,8 @@ def start(
 )->subprocess.Popen:
     "A process of its own for a job; what it says goes to log.txt."
     cores = str(max(1, (os.cpu_count() or 1)//share))
-    env = dict(os.environ, OMP_NUM_THREADS=cores, TORCHINDUCTOR_COMPILE_THREADS=cores, PYTHONUNBUFFERED='1', CUDA_VISIBLE_DEVICES='' if gpu is None else gpu, **env)
-    env.setdefault('TORCHINDUCTOR_CACHE_DIR', str((folder.parent.parent/'cache').resolve())) # compiled once, used by all
+    mine = dict(OMP_NUM_THREADS=cores, TORCHINDUCTOR_COMPILE_THREADS=cores, TORCHINDUCTOR_CACHE_DIR=str((folder.parent.parent/'cache').resolve())) # compiled once, used by all; the user's own settings go first
+    env  = dict(mine, **os.environ)|dict(PYTHONUNBUFFERED='1', CUDA_VISIBLE_DEVICES='' if gpu is None else gpu, **env)
     with open(folder/'log.txt', 'a', encoding='utf-8') as log:
         return subprocess.Popen([sys.executable, '-m', 'dd3g.reproduce', '--worker', str(folder)], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
@@ -474,6 +477,7 @@ def tail(
     said = [l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()] if log.exists() else []
     return f'{said[-1].removeprefix("dd3g: ") if said else "it said nothing"} (all of it: {log})'
 
+# %% ../nbs/81_reproduce.ipynb #b22ef5a4
 def make_pools(
     a:ReproduceArgs,
 ):
@@ -506,7 +510,7 @@ def told_of(
     each = sum(p.stat().st_size/len(w['sha'])*len(rows) for p, rows, w in parts)
     return dict(n=len(of('sha')), families=len(set(of('family'))), pictures=len(set(of('picture'))), teacher=parts[0][2]['settings']['teacher'], hash=sha(of('sha')), views=sha(of('views')), megabytes=round(each/1e6, 1))
 
-# %% ../nbs/81_reproduce.ipynb #51a8eda9
+# %% ../nbs/81_reproduce.ipynb #08610f33
 @dataclass
 class TestSet:
     "Cases that one number is a mean over."
@@ -521,6 +525,7 @@ class TestSet:
     def taught(self, i): # the teacher's samples of case i at the case's cameras, NaN where it draws nothing: (k, views, 3, S, S)
         return None if self.drawn is None else composite(known(self.drawn[i].float()/255, self.cases[i][0]), self.p.background)
 
+# %% ../nbs/81_reproduce.ipynb #d5daed04
 def ring_case(
     rings,    # Rings
     i:int,    # its record
@@ -637,7 +642,7 @@ def sets_of(
     mark_of(out/'tests', 'tests')
     return [load_set(p) for p in sorted((out/'tests').glob('*.tar'))]
 
-# %% ../nbs/81_reproduce.ipynb #43ed8161
+# %% ../nbs/81_reproduce.ipynb #259eb434
 def short(
     rows:list, # of (object, mode -> scores)
 )->dict:       # mode -> measure -> [mean, low, high]; per_object: measure -> one number an object, aligned
@@ -680,14 +685,15 @@ def bounds(
     for i, (c, _) in enumerate(s.cases):
         for k, v in floors(c, s.p, total, count, nets, device()).items(): rows[k].append((c.name, dict(unaligned=v, aligned=v)))
         drawn = known(s.drawn[i].float()/255, c)
-        if drawn.isfinite().any() and c.truth is not None: rows['teacher'].append((c.name, judge([Pictures(x, True) for x in drawn], c, s.p)[0]))
+        if drawn.isfinite().any() and c.truth is not None: rows['teacher'].append((c.name, judge([Pictures(x, True, placed=True) for x in drawn], c, s.p)[0]))
         c.forget()
     for k, r in rows.items():
         if r: write('floor' if k in FLOORS else 'ceiling', method=k, samples=1 if k in FLOORS else samples, **s.about, **short(r))
-    fit = LiftConfig(steps=max(1, a.lifted), radius=s.p.object_radius)
-    for who, k in ((of_lifted_teacher(T, fit, samples=samples, guidance=d.guidance, steps=d.sample_steps), samples), (of_true_views(fit), 1)) if a.lifted else (): write('ceiling', method=who.label, samples=k, fitted=who.about, **judged(who, s, nets)[0])
+    fit  = LiftConfig(steps=max(1, a.lifted), radius=s.p.object_radius)
+    ends = [(of_lifted_teacher(T, fit, samples=samples, guidance=d.guidance, steps=d.sample_steps), samples), (of_true_views(fit), 1)]
+    for who, k in ends if a.lifted and s.cases[0][0].truth is not None else (): write('ceiling', method=who.label, samples=k, fitted=who.about, **judged(who, s, nets)[0])
 
-# %% ../nbs/81_reproduce.ipynb #76687e2b
+# %% ../nbs/81_reproduce.ipynb #7c85395c
 def smooth(
     rows:list, # lines of a log
 )->dict:
@@ -717,9 +723,11 @@ def train_run(
         say(f'{folder.name} diverged: {e}'); diverged = True
     rows = read_log(out)
     skipped = sum(len(r.get('skipped') or ()) for r in rows)
-    return None if diverged else G, dict(size, samples=c.fit.steps*c.fit.batch, quadruples=len(data), seconds=round(time.perf_counter()-t, 1), skipped=skipped, diverged=diverged, **smooth(rows))
+    plain = new_student(c, T).to(dev) # without what was compiled for training: other batch sizes would be compiled again
+    plain.load_state_dict(G.state_dict())
+    return None if diverged else plain.eval(), dict(size, samples=c.fit.steps*c.fit.batch, quadruples=len(data), seconds=round(time.perf_counter()-t, 1), skipped=skipped, diverged=diverged, **smooth(rows))
 
-# %% ../nbs/81_reproduce.ipynb #7bab4f1e
+# %% ../nbs/81_reproduce.ipynb #e6f4f253
 def blank_psnr(
     pairs:dict, # from `two_draws`
 )->float:       # dB
@@ -741,7 +749,7 @@ def do_run(
     if G is not None:
         pairs = load_pairs(a.out/'tests'/'pairs.bin', T.device)
         d = Perceptual(c.loss.lpips_net, seed=1).to(T.device) # not the loss's own
-        meter = {k: round(v, 5) for k, v in knowledge_loss(G.eval(), pairs, c, d).items()}
+        meter = {k: round(v, 5) for k, v in knowledge_loss(G, pairs, c, d).items()}
         blank = blank_psnr(pairs); facts['diverged'] = meter['psnr'] < blank; meter['blank'] = round(blank, 3)
     keep = dict(run, name=folder.name, lr=c.fit.lr, batch=c.fit.batch, overrides={k: v for k, v in run['overrides']})
     rows = [write('run', **keep, **facts, meter=meter, weights=sha(weights) if G is not None else None)]
@@ -750,7 +758,7 @@ def do_run(
         for s in sets_of(a.out):
             got, shown = judged(of_model(G, c, folder.name, a.samples), s, nets)
             rows.append(write('eval', run=folder.name, samples=a.samples, **got))
-            with whole_file(folder/f'{s.file}.views') as part: safetensors.torch.save_file(dict(views=to_bytes(shown)), part)
+            with whole_file(folder/f'{s.file}.views') as part: safetensors.torch.save_file(dict(views=to_bytes(shown).contiguous()), part)
     with whole_file(folder/'result.json') as part: part.write_text(json.dumps(dict(key=job['key'], wall=round(time.perf_counter()-t, 1), rows=rows)))
 
 def orphaned(
@@ -820,7 +828,7 @@ def waits_for(
     if run.budget == 'time': names += [r.name for r in runs if r.table == 'III' and r.seed == run.seed and r.budget == 'steps' and r.objective in ('explicit', run.objective)]
     return names
 
-# %% ../nbs/81_reproduce.ipynb #4576c8fd
+# %% ../nbs/81_reproduce.ipynb #3375b627
 def identity(
     c:Config,   # of the run
     quads:dict, # what `told_of` says of its set
@@ -846,8 +854,8 @@ def adopt(
     with whole_file(folder/'result.json') as part: part.write_text(json.dumps(dict(twin, rows=rows, wall=0)))
 
 def expected(
-    steps:int,
-    objective:str,
+    steps:int,     # updates
+    objective:str, # explicit, implicit or joint
     results:dict, # name -> result
 )->float:         # seconds; 0 if nothing was measured yet
     "How long a run will take, by the runs before it."
@@ -903,7 +911,7 @@ class Scheduler:
         if run.set not in self.quads: self.quads[run.set] = told_of(self.a.out, run.set)
         return full, c, identity(c, self.quads[run.set], self.tests)
 
-# %% ../nbs/81_reproduce.ipynb #6bf66ea5
+# %% ../nbs/81_reproduce.ipynb #e7963ab6
 def next_run(
     self:Scheduler,
     results:dict, # name -> result
@@ -938,9 +946,11 @@ def finish(
         self.failed[run.name] = tail(folder)
         return say(f'{run.name}: FAILED, {self.failed[run.name]}')
     results[run.name] = json.loads((folder/'result.json').read_text())
-    r = line_of(results[run.name]); m = r['meter'] or {}
-    say(f'{run.name}: {m.get("psnr", float("nan")):.2f} dB to the own OI, own-N {m.get("own_n", float("nan")):.2f}'+' DIVERGED'*r['diverged']+f'; {(r["samples_per_s"] or 0)/r["batch"]:.1f} steps/s, {results[run.name]["wall"]:.0f} s ({len(results)} done, {len(self.todo)+len(self.live)} to go)')
+    r = line_of(results[run.name]); m = r['meter'] or dict(psnr=float('nan'), own_n=float('nan'))
+    went = f'{(r["samples_per_s"] or 0)/r["batch"]:.1f} steps/s, {results[run.name]["wall"]:.0f} s ({len(results)} done, {len(self.todo)+len(self.live)} to go)'
+    say(f'{run.name}: {m["psnr"]:.2f} dB to the own OI, own-N {m["own_n"]:.2f}{" DIVERGED"*r["diverged"]}; {went}')
 
+# %% ../nbs/81_reproduce.ipynb #61f7ed9d
 def run_all(
     self:Scheduler,
 )->dict: # name -> result
@@ -975,6 +985,7 @@ def make_runs(
     a:ReproduceArgs,
 ):
     "The stage `runs`."
+    if torch.cuda.is_available(): torch.cuda.empty_cache() # what earlier stages kept is the runs' now
     s = Scheduler(a, chosen(a))
     s.run_all()
     if s.late: say(f'{len(s.late)} runs were not begun or not ended in {a.minutes:g} minutes: {", ".join(r.name for r in s.late[:8])}{" ..." if len(s.late) > 8 else ""}')
@@ -1051,7 +1062,7 @@ def evenness(
     sharp = sharpness(path.flatten(0, -4).unflatten(0, path.shape[:-3])).flatten(1).mean(1)
     return dict(largest_step=float(d.max()/d.mean().clamp_min(1e-9)), length=float(d.sum()/(path[-1]-path[0]).norm().clamp_min(1e-9)), sharp_halfway=float(2*sharp[len(path)//2]/(sharp[0]+sharp[-1]).clamp_min(1e-9)))
 
-# %% ../nbs/81_reproduce.ipynb #58bafac3
+# %% ../nbs/81_reproduce.ipynb #bcc11cf5
 def figure_nine(
     a:ReproduceArgs,
     write:Notes,
@@ -1077,9 +1088,10 @@ def figure_nine(
         if i < 6: shown += [[two[0], *tokens[:, v], two[1]] for v in (1, 2)]
     numbers = {k: {m: round(float(np.mean([r[m] for r in rs])), 3) for m in rs[0]} for k, rs in found.items() if rs}
     write_strip(shown, a.out/'results'/'strips'/'figure9.jpg')
-    write('figure', figure='9', strip='figure9.jpg', rows=[f'pair {i//2+1}, {("front", "behind")[i%2]}' for i in range(len(shown))], columns=['first', *[f'{x:.2f}' for x in w.tolist()], 'second'], numbers=dict(numbers, run=name, pairs=len(pics)//2, steps=steps))
+    write('figure', figure='9', strip='figure9.jpg', rows=[f'pair {i//2+1}, {("front", "behind")[i % 2]}' for i in range(len(shown))],
+          columns=['first', *[f'{x:.2f}' for x in w.tolist()], 'second'], numbers=dict(numbers, run=name, pairs=len(pics)//2, steps=steps))
 
-# %% ../nbs/81_reproduce.ipynb #003a8f97
+# %% ../nbs/81_reproduce.ipynb #86e98abc
 def spread_of(
     x:Tensor, # samples: (cases, k, V, 3, S, S)
 )->Tensor:    # root mean square distance from the samples' mean: (V,)
@@ -1109,7 +1121,8 @@ def figure_ten(
     v, rows = (i+1) % len(mine), []
     for j in liveliest: rows += [[composite(shrink(s.cases[j][0].rgba, c.view.size)), *x[j, :3, v]] for x in (G, O)]
     write_strip(rows, a.out/'results'/'strips'/'figure10.jpg')
-    write('figure', figure='10', strip='figure10.jpg', rows=[f'{s.cases[j][0].name}, {w}' for j in liveliest for w in ('student', 'teacher')], columns=['input', *[f'N {n}' for n in range(min(3, k))]], numbers=dict(numbers, run=name, cases=len(out), samples=k))
+    write('figure', figure='10', strip='figure10.jpg', rows=[f'{s.cases[j][0].name}, {w}' for j in liveliest for w in ('student', 'teacher')],
+          columns=['input', *[f'N {n}' for n in range(min(3, k))]], numbers=dict(numbers, run=name, cases=len(out), samples=k))
 
 def make_figures(
     a:ReproduceArgs,
@@ -1124,12 +1137,13 @@ def make_figures(
     figure_nine(a, write, gen, best); figure_ten(a, write, gen, best)
     say(f'figures: {len(list((a.out/"results"/"strips").glob("*.jpg")))} strips; 9 and 10 of {best}')
 
-# %% ../nbs/81_reproduce.ipynb #fb076c8f
+# %% ../nbs/81_reproduce.ipynb #afe65fa5
 def gather(
     out:Path, # folder of the reproduction
 )->list:      # lines of JSON
     "All records of finished stages and runs."
-    files = [out/k/'reproduce.jsonl' for k in ('scores', 'pools', 'tests')]+[f.with_name('reproduce.jsonl') for f in sorted((out/'runs').glob('*/result.json'))]+[out/'figures'/'reproduce.jsonl']
+    done  = [f.parent for f in sorted((out/'runs').glob('*/result.json'))]
+    files = [d/'reproduce.jsonl' for d in (*(out/k for k in ('scores', 'pools', 'tests')), *done, out/'figures')]
     lines = [l for f in files if f.exists() for l in f.read_text(encoding='utf-8').splitlines()]
     true = [json.loads(l) for l in lines if '"run": "premise-true-100' in l and '"kind": "eval"' in l] # a ceiling of its own right
     return lines+[json.dumps(dict({k: v for k, v in r.items() if k != 'run'}, kind='ceiling', method='true views student'), sort_keys=True) for r in true]
@@ -1160,7 +1174,8 @@ def overview(
         if r.name not in results: continue
         x = line_of(results[r.name]); m = x['meter'] or {}
         scores = {e['set']: e['unaligned']['psnr'][0] for e in results[r.name]['rows'][1:] if 'psnr' in e['unaligned']}
-        lines.append(f'{r.name:32} {m.get("psnr", float("nan")):7.2f} {m.get("own_n", float("nan")):6.2f} {(x["samples_per_s"] or 0)/x["batch"]:8.1f}'+''.join(f'{scores.get(s, float("nan")):{max(8, len(s)+1)}.2f}' for s in sets)+' diverged'*x['diverged'])
+        on = ''.join(f'{scores.get(s, float("nan")):{max(8, len(s)+1)}.2f}' for s in sets)
+        lines.append(f'{r.name:32} {m.get("psnr", float("nan")):7.2f} {m.get("own_n", float("nan")):6.2f} {(x["samples_per_s"] or 0)/x["batch"]:8.1f}{on}{" diverged"*x["diverged"]}')
     missing = [r.name for r in asked if r.name not in results]
     last = f'{len(asked)-len(missing)} of {len(asked)} runs are done'+(f'; missing: {", ".join(missing[:6])}{" ..." if len(missing) > 6 else ""}' if missing else ': everything that was asked for')
     return '\n'.join([head+''.join(f'{s:>{max(8, len(s)+1)}}' for s in sets), *lines, last]) if lines else last

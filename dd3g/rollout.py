@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'BUDGET', 'DECODE_PIXELS', 'MIN_PSNR', 'CHOICES', 'to_bytes', 'decoded', 'FolderPictures', 'ShardPictures',
-           'RingPictures', 'TensorPictures', 'Prompts', 'shards_of', 'pictures_from', 'plan', 'family_of', 'inputs_of',
-           'ready', 'random_teacher', 'attention_by', 'Roller', 'input_pictures', 'micro_batches', 'roll',
+           'RingPictures', 'TensorPictures', 'Prompts', 'shards_of', 'pictures_from', 'plan', 'picture_family',
+           'inputs_of', 'ready', 'random_teacher', 'attention_by', 'Roller', 'input_pictures', 'micro_batches', 'roll',
            'member_bytes', 'made_by', 'index_path', 'write_shard', 'file_sha', 'read_index', 'fault', 'claim',
            'shard_ids', 'is_finished', 'write_quadruples', 'read_member', 'Quadruples', 'reach', 'compare', 'by_slot',
            'verify', 'counts', 'sheet', 'human', 'told', 'RolloutArgs', 'source_of', 'with_changes', 'brought',
@@ -183,7 +183,7 @@ def pictures_from(
     if not tars: return FolderPictures(path, view.size)
     return RingPictures(path, view.size) if any(t.name.startswith('rings-') for t in tars) and place(path).is_dir() else ShardPictures(tars, view.size)
 
-# %% ../nbs/22_rollout.ipynb #d0d051a7
+# %% ../nbs/22_rollout.ipynb #28d52222
 def plan(
     i:int,           # sample number
     source,          # pictures
@@ -199,7 +199,7 @@ def plan(
     return dict(key=f'{i:09d}', index=i, k=k, picture=who, noise_seed=seed_of('noise', seed, who['sha'], k), offset=offset.item(),
                 elevation=e.item() if elevation is None or view.fixed_cameras else float(elevation), background=(1-(1-zeta)**3).item()) | fixed, rgba
 
-def family_of(
+def picture_family(
     rec:dict, # a record
 )->str:
     "Whose quadruple it is: its picture's family, or its name where no family is known."
@@ -261,7 +261,7 @@ def attention_by(
     order = dict(flash=[S.FLASH_ATTENTION, S.EFFICIENT_ATTENTION, S.MATH], cudnn=[S.CUDNN_ATTENTION, S.FLASH_ATTENTION, S.EFFICIENT_ATTENTION, S.MATH])
     with sdpa_kernel(order[kind], set_priority=True) if kind else contextlib.nullcontext(): yield
 
-# %% ../nbs/22_rollout.ipynb #a444e753
+# %% ../nbs/22_rollout.ipynb #72c6ee03
 class Roller:
     "A teacher made ready to roll out, and the settings that decide its bytes."
     def __init__(
@@ -304,6 +304,7 @@ class Roller:
         oi = torch.cat([to_bytes(self.teacher.decode(part).float()) for part in z.split(n)])
         return z[slots], oi[slots]
 
+# %% ../nbs/22_rollout.ipynb #c0986bbf
 def input_pictures(
     roller:Roller,
     rgba:Tensor, # from `plan`, uint8: (n, 4, S, S)
@@ -474,7 +475,7 @@ def is_finished(
     if why := fault(tar, check): say(f'{tar}: {why}; making it again'); return False # one that lost its tar or its index included
     return read_index(tar).get('ids') == [ids.start, ids.stop]
 
-# %% ../nbs/22_rollout.ipynb #b58b3308
+# %% ../nbs/22_rollout.ipynb #4dcda9da
 def write_quadruples(
     roller:Roller,
     source,            # pictures
@@ -501,7 +502,7 @@ def write_quadruples(
             yield s, None # the shard is complete
     def finish(s, parts):
         members = [(r['key'], member_bytes(dict(r, **roller.settings), *x, store)) for recs, *xs in parts for r, *x in zip(recs, *xs)]
-        ids, names = shard_ids(s, shard, count), [family_of(r) for recs, *_ in parts for r in recs]
+        ids, names = shard_ids(s, shard, count), [picture_family(r) for recs, *_ in parts for r in recs]
         write_shard(tars[s], members, ids=[ids.start, ids.stop], names=names, made_by=made_by(roller.teacher.device))
     parts, waiting = [], []
     with ThreadPoolExecutor(1) as pool, contextlib.closing(prefetched(work(), 2)) as ahead, contextlib.closing(bar):
@@ -525,7 +526,7 @@ def read_member(
     if ext.endswith('npy'): return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert('RGBA'))).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/22_rollout.ipynb #e2bbc162
+# %% ../nbs/22_rollout.ipynb #67249174
 class Quadruples:
     "Quadruples in shards, or in memory, as training data."
     def __init__(
@@ -542,7 +543,7 @@ class Quadruples:
         if isinstance(path, dict):
             n = slice(max_samples)
             self.path, self.settings, self.records = Path('memory'), path['settings'], path['records'][n]
-            self.table, self.names = [(None, None)]*len(self.records), [family_of(r) for r in self.records]
+            self.table, self.names = [(None, None)]*len(self.records), [picture_family(r) for r in self.records]
             self._keep({k: path[k][n] for k in ('rgba', 'oi', 'z') if k in path}, cache)
             return
         self.path, self.table, self.names, self.records = place(path), [], [], None

@@ -7,12 +7,12 @@ __all__ = ['SHARP', 'COLOR', 'EDGE', 'STEERS', 'CPU_BATCH', 'VIEWS', 'WHITE', 'S
            'check_ring', 'draw_sample', 'edges', 'chroma', 'TrainAutoencoder', 'autoencoder_loss', 'latent_scaling',
            'certain', 'teach_autoencoder', 'TrainTeacher', 'my_device', 'teacher_loss', 'teach_unet', 'begin_from',
            'spread', 'held_out_views', 'by_view', 'boards', 'through_autoencoder', 'evaluate', 'silhouettes',
-           'explained', 'consistency', 'diversity', 'interval', 'score_teacher', 'guidance_sweep', 'azimuth_sweep',
-           'wishes', 'TeachArgs', 'load_rings', 'both_stages', 'first_process', 'teach', 'ScoreArgs', 'held_out_rings',
-           'scale_of', 'score', 'told', 'main']
+           'explained', 'consistency', 'diversity', 'interval', 'score_teacher', 'guidance_sweep', 'check_azimuths',
+           'azimuth_sweep', 'wishes', 'TeachArgs', 'load_rings', 'both_stages', 'first_process', 'teach', 'ScoreArgs',
+           'held_out_rings', 'scale_of', 'score', 'told', 'main']
 
-# %% ../nbs/23_teach.ipynb #5ea82e9c
-import dataclasses, json, math, os, shlex, sys, time
+# %% ../nbs/23_teach.ipynb #e39f4e76
+import dataclasses, math, os, shlex, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional
@@ -27,7 +27,7 @@ from .config import SCALES, Cfg, Config, ViewConfig, config_hash, parse
 from .cameras import Cameras, view_cameras
 from .images import composite
 from .objects import Rings, split_families
-from .metrics import billboard, energy_distance, mask_iou, psnr
+from .metrics import billboard, energy_distance, psnr
 from .loop import TensorData, checkpoints, differences, draw, fit, note
 from .teacher import Autoencoder, Teacher
 from .ddim import Schedule, rollout
@@ -116,7 +116,7 @@ def autoencoder_loss(
         return model(x, draw(gen, torch.randn, len(x), *cfg.noise_shape[1:]).to(x.device))
     return loss
 
-# %% ../nbs/23_teach.ipynb #3e9f4092
+# %% ../nbs/23_teach.ipynb #61117684
 @torch.no_grad()
 def latent_scaling(
     ae:Autoencoder, # trained
@@ -146,11 +146,12 @@ def teach_autoencoder(
     cfg:Config,
     out,         # folder
     quiet=False, # no progress bar
+    force=False, # continue although the configuration has changed
 ): # trained autoencoder, and the configuration with its scaling
     "Stage 1. Returns at once if it is done already."
     torch.manual_seed(seed_of('autoencoder', cfg.fit_ae.seed))
     ae = certain(Autoencoder(cfg.ae))
-    task = fit(TrainAutoencoder(ae), autoencoder_loss(cfg), TensorData(rgba=rgba), cfg.fit_ae, out, 'autoencoder', config=dict(view=dataclasses.asdict(cfg.view), ae=dataclasses.asdict(cfg.ae)), quiet=quiet)
+    task = fit(TrainAutoencoder(ae), autoencoder_loss(cfg), TensorData(rgba=rgba), cfg.fit_ae, out, 'autoencoder', config=dict(view=dataclasses.asdict(cfg.view), ae=dataclasses.asdict(cfg.ae)), quiet=quiet, force=force)
     scaling = latent_scaling(task.ae, rgba)
     ae.cfg = replace(cfg.ae, scaling=float(f'{scaling:.5g}'))
     return ae, replace(cfg, ae=ae.cfg)
@@ -189,7 +190,7 @@ class TrainTeacher(nn.Module):
         low = (t < S.cfg.train_steps//2).float()
         return (self.weight(t)*err).mean(), dict(mse=err.detach().mean(), mse_low_t=((low*err).sum()/low.sum().clamp(min=1)).detach())
 
-# %% ../nbs/23_teach.ipynb #1ff4d75f
+# %% ../nbs/23_teach.ipynb #bbdb6e59
 def my_device()->torch.device:
     "The device of this process: under torchrun each has its own GPU."
     dev = device()
@@ -217,6 +218,7 @@ def teach_unet(
     on_grid=None,     # see `fit`
     quiet=False,      # no progress bar
     start:Teacher=None, # begin from its UNet and encoder; None: from random weights
+    force=False,      # continue although the configuration has changed
 )->Teacher:           # trained, frozen
     "Stage 2. Returns at once if it is done already."
     torch.manual_seed(seed_of('teacher', cfg.fit_teacher.seed))
@@ -227,7 +229,7 @@ def teach_unet(
     task = TrainTeacher(teacher, Schedule(cfg.diffusion, dev))
     parts  = dict(view=cfg.view, ae=cfg.ae, diffusion=cfg.diffusion, teacher=cfg.teacher)
     config = {k: dataclasses.asdict(v) for k, v in parts.items()} | ({} if start is None else dict(start=start.fingerprint())) # a run remembers where it began
-    fit(task, teacher_loss(cfg), TensorData(rgba=rgba, elevation=elevation), cfg.fit_teacher, out, 'unet', on_grid, config=config, device=dev, quiet=quiet)
+    fit(task, teacher_loss(cfg), TensorData(rgba=rgba, elevation=elevation), cfg.fit_teacher, out, 'unet', on_grid, config=config, device=dev, quiet=quiet, force=force)
     return teacher.eval().requires_grad_(False)
 
 # %% ../nbs/23_teach.ipynb #5caaae96
@@ -389,7 +391,7 @@ def diversity(
     if k >= 4: res |= dict(energy_floor=torch.tensor([energy_distance(o[:k//2], o[k//2:]) for o in x]))
     return res
 
-# %% ../nbs/23_teach.ipynb #7ddb15db
+# %% ../nbs/23_teach.ipynb #5dc7ac12
 def interval(
     x,            # one number an object: (n,)
     n:int=10_000, # resamples
@@ -418,14 +420,15 @@ def score_teacher(
     res |= dict(side_gain=res[f'side_mean_of_{n}']-res['side_billboard'], side_gap=res[f'side_mean_of_{n}']-res['side'])
     cams, dev = view_cameras(cfg.view, torch.zeros(m), elevation, teacher.device), teacher.device
     one  = lambda x: consistency(x.to(dev), cams, cfg.view.object_radius).cpu()
-    res |= dict(consistency=torch.stack([one(x) for x in got]).mean(0), consistency_true=one(true), consistency_mixed=one(torch.stack([true[(torch.arange(m)+v) % m, v] for v in range(V)], 1)))
+    res |= dict(consistency=torch.stack([one(x) for x in got]).mean(0), consistency_true=one(true))
+    if m > 1: res |= dict(consistency_mixed=one(torch.stack([true[(torch.arange(m)+v) % m, v] for v in range(V)], 1)))
     res |= diversity(true, got, cfg.view)
     out  = {k: round(float(x.mean()), 4) for k, x in res.items()}
     low, high = (round(float(f(elevation)), 2) for f in (min, max))
     about = dict(objects=m, samples=n, guidance=cfg.diffusion.guidance if guidance is None else guidance, steps=steps or cfg.diffusion.sample_steps, elevations=[low, high])
     return dict(about, **out, intervals={k: interval(x) for k, x in res.items()})
 
-# %% ../nbs/23_teach.ipynb #0bb9f492
+# %% ../nbs/23_teach.ipynb #06c7eb0b
 SWEEP = (1., 1.5, 2., 3., 5.) # guidances that are tried
 
 def guidance_sweep(
@@ -439,6 +442,14 @@ def guidance_sweep(
     "The same objects and noises at each guidance."
     return [[g, {k: v for k, v in score_teacher(teacher, rgba, elevation, n, g, steps).items() if isinstance(v, float)}] for g in guidances]
 
+def check_azimuths(
+    azimuths:int, # input views an object
+    ring:int,     # views on a ring
+)->int:           # the same number
+    "Refuse input views that the rings do not have."
+    if azimuths < 1 or ring % azimuths: raise UserError(f'{azimuths} input azimuths: rings of {ring} views do not have them; choose a divisor of {ring}')
+    return azimuths
+
 def azimuth_sweep(
     teacher:Teacher,
     rgba:Tensor,      # as for `score_teacher`
@@ -449,8 +460,7 @@ def azimuth_sweep(
 )->list:              # of [azimuth of the input view in the object's own frame, scores]
     "Every object seen from all sides."
     ring, out = rgba.shape[1], []
-    if azimuths < 1 or ring % azimuths: raise UserError(f'{azimuths} input azimuths: rings of {ring} views do not have them; choose a divisor of {ring}')
-    for a in range(0, ring, ring//azimuths):
+    for a in range(0, ring, ring//check_azimuths(azimuths, ring)):
         got = score_teacher(teacher, rgba, elevation, n, steps=steps, j0=torch.full((len(rgba),), a))
         out.append([360*a/ring, {k: v for k, v in got.items() if isinstance(v, float)}])
     return out
@@ -465,7 +475,7 @@ def wishes(
     row = lambda k, b, s, words: dict(wish=words, bound=f'{"at least" if s > 0 else "at most"} {b:g} dB', value=scores[k], interval=scores['intervals'][k], margin=round(s*(scores[k]-b), 2), met=s*(scores[k]-b) >= 0)
     return [row(*w) for w in WISHES]
 
-# %% ../nbs/23_teach.ipynb #67090878
+# %% ../nbs/23_teach.ipynb #fed55ba1
 @dataclass(frozen=True)
 class TeachArgs:
     "Train the autoencoder and the teacher on rings of views. (python -m dd3g.teach score --help: judge one.)"
@@ -477,6 +487,7 @@ class TeachArgs:
     start:Annotated[Optional[Path], tyro.conf.arg(aliases=('--warm-start',))]=None # begin from these weights of a teacher: a warm restart, with a new optimiser and schedule; its autoencoder stays as it is (under torchrun write --warm-start: older Pythons take --start for torchrun's own --start-method)
     samples:int=4               # rollouts per picture in the scores
     scored:int=64               # held-out rings scored
+    force:bool=False            # continue a run although its configuration has changed
     half:bool=False             # store weights in bfloat16: half the size
     record:str=''               # also append the scores to figures/records/NAME.jsonl
     cfg:Cfg=SCALES['tiny']
@@ -495,7 +506,7 @@ def load_rings(
     if not train: raise UserError(f'{path}: nothing is left to train on; make more objects or lower --held-out')
     return rgba, torch.tensor([m['elevation'] for m in meta]), train, held
 
-# %% ../nbs/23_teach.ipynb #50ddd6d5
+# %% ../nbs/23_teach.ipynb #1c734446
 def both_stages(
     a:TeachArgs, # what to do
     rgba:Tensor, # training rings: (n, ring, 4, S, S) uint8
@@ -507,8 +518,8 @@ def both_stages(
     out, start = Path(a.out), None
     if a.start: start, cfg = begin_from(a.start, a.cfg)
     if a.start and first_process() and not checkpoints(out/'unet'): note(f'begins from {a.start} (fingerprint {start.fingerprint()}): UNet and encoder go on with a new optimiser, {cfg.fit_teacher.steps} steps; the autoencoder stays as it is, scaling {cfg.ae.scaling}')
-    ae, cfg = (start.ae, cfg) if a.start else teach_autoencoder(rgba, a.cfg, out/'autoencoder', quiet)
-    return teach_unet(ae, rgba, elevation, cfg, out/'unet', on_grid, quiet, start)
+    ae, cfg = (start.ae, cfg) if a.start else teach_autoencoder(rgba, a.cfg, out/'autoencoder', quiet, a.force)
+    return teach_unet(ae, rgba, elevation, cfg, out/'unet', on_grid, quiet, start, a.force)
 
 def first_process()->bool: # under torchrun, one process speaks and writes
     "Is this the process that speaks?"
@@ -580,7 +591,7 @@ def scale_of(
     like = lambda c: dataclasses.asdict(c.view) | dataclasses.asdict(c.teacher) | dict(ae=c.ae.channels)
     return next((k for k, c in SCALES.items() if not differences(like(c), like(cfg), STEERS)), 'own')
 
-# %% ../nbs/23_teach.ipynb #bb6fd211
+# %% ../nbs/23_teach.ipynb #f74ca6f1
 def score(
     a:ScoreArgs,
 )->dict: # fields of the record
@@ -590,6 +601,7 @@ def score(
     if a.scored < 1 or a.samples < 2 or (a.azimuths and a.azimuth_samples < 2) or not 0 < a.held_out < 1: raise UserError('--scored is at least 1, --samples and --azimuth-samples at least 2, --held-out between 0 and 1')
     if any(g < 0 for g in (*a.sweep, a.guidance or 0.)): raise UserError('--guidance and --sweep: 0 or more')
     rgba, elevation, names, objects = held_out_rings(list(a.data), T.cfg.view, a.held_out, a.scored)
+    if a.azimuths: check_azimuths(a.azimuths, rgba.shape[1])
     scores = score_teacher(T, rgba, elevation, a.samples, a.guidance, a.steps)
     few    = torch.linspace(0, len(rgba)-1, min(a.sweep_scored, len(rgba))).round().long()
     sweep  = guidance_sweep(T, rgba[few], elevation[few], a.samples, a.sweep, a.steps) if len(few) else []

@@ -496,9 +496,7 @@ def picture_cases(
         out.append((Case(str(who['name']), rgba.float()/255, cams.views([0]), cams, None, True), ''))
     return out
 
-# %% ../nbs/51_testsets.ipynb #3c23a8b4
-Flat = typing.Annotated[Protocol, tyro.conf.arg(name='')] # fields of the protocol without prefix
-
+# %% ../nbs/51_testsets.ipynb #42940335
 def read_cases(
     folder, layout:str, p:Protocol, limit:int=0, # the test set, how to read it, what is asked, objects at most
     names=None, # only these
@@ -513,6 +511,9 @@ def read_cases(
         except UserError as err: bad.append(str(err))
     if not out: raise UserError(f'{folder}: none of its {len(entries)} objects can be used; the first: {bad[0]}' if bad else f'{folder}: nothing is left to judge')
     return out, bad
+
+# %% ../nbs/51_testsets.ipynb #5d667636
+Flat = typing.Annotated[Protocol, tyro.conf.arg(name='')] # fields of the protocol without prefix
 
 @dataclass(frozen=True)
 class FreezeArgs:
@@ -544,6 +545,7 @@ def freeze_set(a:FreezeArgs):
     for s in bad: print('dd3g: '+' '.join(s.split()), file=sys.stderr)
     show_set(ShowArgs(a.out))
 
+# %% ../nbs/51_testsets.ipynb #d18c7f7f
 @dataclass(frozen=True)
 class ShowArgs:
     "Say what is in a frozen set, after reading all of it."

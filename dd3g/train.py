@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'Joint', 'InBf16', 'perceptual', 'picture_grid', 'save_picture', 'Subset', 'say', 'stage', 'TrainArgs',
-           'make_rings', 'make_teacher', 'make_quads', 'chain', 'load_data', 'held_out', 'new_student', 'Watch',
-           'distil', 'main']
+           'make_rings', 'make_teacher', 'verifier_of', 'make_quads', 'chain', 'load_data', 'held_out', 'new_student',
+           'Watch', 'distil', 'main']
 
 # %% ../nbs/42_train.ipynb #d7e3f27c
 import contextlib, io, json, os, shutil, sys, time, typing
@@ -171,7 +171,7 @@ def stage(
     with whole_file(mark) as tmp: tmp.write_text(json.dumps(dict(key=key, what=what)), encoding='utf-8')
     say(f'{name}: {what}, {time.perf_counter()-t:.0f} s')
 
-# %% ../nbs/42_train.ipynb #bb0d6780
+# %% ../nbs/42_train.ipynb #5b136aae
 @dataclass(frozen=True)
 class TrainArgs:
     "Distil a multi-view diffusion model into PEPD. What is not named is made first, in OUT."
@@ -179,7 +179,7 @@ class TrainArgs:
     objective:typing.Literal['', 'joint', 'explicit', 'implicit']='' # one of Table III's three runs; default what --loss.* say (joint)
     out:Path=Path('runs/train') # folder for everything this run writes
     quads:typing.Optional[str]=None # quadruples made by python -m dd3g.rollout, a folder or an address such as s3://bucket/quads; default OUT/quads, made if missing
-    teacher:typing.Optional[Path]=None # the weights that made them; default OUT/teacher/teacher.safetensors, made if missing
+    teacher:typing.Optional[Path]=None # the weights that made them, or the folder of a published checkpoint; default OUT/teacher/teacher.safetensors, made if missing
     held_out:float=.05       # part of the pictures' families kept for validation
     pairs:int=16             # held-out pictures for which the teacher draws twice, for the knowledge-loss meter; 0: none
     encoder:typing.Optional[str]=None # published weights of the student's image encoder, a folder or a name such as facebook/dinov2-large; default: random
@@ -188,7 +188,7 @@ class TrainArgs:
     wandb:str=''             # project on Weights & Biases for curves and pictures; TensorBoard has them anyway
     cfg:Cfg=SCALES['tiny']
 
-# %% ../nbs/42_train.ipynb #a5aa5e15
+# %% ../nbs/42_train.ipynb #5b153f14
 def make_rings(
     out:Path,   # folder for the shards
     cfg:Config, # view
@@ -208,6 +208,15 @@ def make_teacher(
     _, scores = teach(TeachArgs(data=rings, out=out, samples=1, scored=8, cfg=cfg))
     return 'trained'+(f', {scores["front"]} dB in front' if scores else '')
 
+def verifier_of(
+    teacher:Path, # weights written here, or a published checkpoint
+    device='cpu',
+)->Teacher:
+    "Open the teacher that made the quadruples. Raises UserError for one that cannot verify four views."
+    T = Teacher.load(teacher, device) if teacher.suffix == '.safetensors' else Teacher.from_pretrained(teacher, device=device)
+    if not isinstance(T, Teacher): raise UserError(f'{teacher}: holds {type(T).__name__}, which rolls out but does not verify; a student needs ImageDream, or a teacher of python -m dd3g.teach')
+    return T
+
 def make_quads(
     teacher:Path,  # weights
     pictures:Path, # folder of pictures or rings
@@ -215,12 +224,12 @@ def make_quads(
     cfg:Config,    # view, diffusion, quadruples, rollout_batch
 )->str:            # what was made
     "Roll the teacher out."
-    cfg = replace(cfg, ae=Teacher.load(teacher).cfg.ae) # with the latents' measured scaling
+    cfg = replace(cfg, ae=verifier_of(teacher).cfg.ae) # with the latents' measured scaling
     roller = load_roller(RolloutArgs(teacher=str(teacher), out=str(out), cfg=cfg), device())
     write_quadruples(roller, pictures_from(pictures, cfg.view), cfg.quadruples, out)
     return f'{cfg.quadruples} quadruples'
 
-# %% ../nbs/42_train.ipynb #7c785db1
+# %% ../nbs/42_train.ipynb #e864a295
 UNSEEN = 1_000_000 # seed of the first object that no teacher was trained on
 
 def chain(
@@ -231,7 +240,7 @@ def chain(
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
     if not alone and not (a.quads and a.teacher): raise UserError('several processes: name --quads and --teacher, and make them first')
     if a.quads and not a.teacher: raise UserError('--quads without --teacher: name the weights that made them; the student copies their latent encoder')
-    if a.teacher and not a.teacher.is_file(): raise UserError(f'{a.teacher}: no such file; give the weights written by python -m dd3g.teach')
+    if a.teacher and not a.teacher.exists(): raise UserError(f'{a.teacher}: no such file; give the weights written by python -m dd3g.teach, or the folder of a published checkpoint')
     if a.quads and '://' not in a.quads and not Path(a.quads).is_dir(): raise UserError(f'{a.quads}: no such folder; give one written by python -m dd3g.rollout')
     if not a.quads and not n: raise UserError('this scale makes no objects of its own: name --quads and --teacher, or set --objects')
     seen = (c.view, n), (c.ae, c.diffusion, c.teacher, c.fit_ae, c.fit_teacher)
@@ -242,7 +251,7 @@ def chain(
         stage('teacher', out/'teacher', key(*seen), lambda: make_teacher(out/'rings', out/'teacher', c))
     if not a.quads:
         stage('pictures', out/'pictures', key(seen[0]), lambda: make_rings(out/'pictures', c, UNSEEN, n))
-        named = sha(teacher) if a.teacher else key(*seen)
+        named = (sha(teacher) if teacher.is_file() else str(teacher)) if a.teacher else key(*seen)
         stage('quadruples', quads, key([named, c.view, c.diffusion, c.quadruples, c.rollout_batch]), lambda: make_quads(teacher, out/'pictures', quads, c))
     return quads, teacher
 
@@ -307,7 +316,7 @@ class Watch:
         with whole_file(self.out/'validation.jsonl') as tmp: tmp.write_text(''.join(json.dumps(r)+'\n' for r in [*rows, dict(step=step, **got)]), encoding='utf-8')
         return dict(grid=grid, **{f'held_out/{k}': v for k, v in got.items()})
 
-# %% ../nbs/42_train.ipynb #2fa7d906
+# %% ../nbs/42_train.ipynb #1a47ca3a
 def distil(
     a:TrainArgs,
     quads,        # folder or address of shards
@@ -315,7 +324,7 @@ def distil(
 )->ImageTo3D:     # with averaged weights, in eval mode; also in OUT/student.safetensors
     "Train the student (Sec. III-C)."
     out, dev = a.out, torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if device().type == 'cuda' else device()
-    T = Teacher.load(teacher, dev)
+    T = verifier_of(teacher, dev)
     c = replace(a.cfg, ae=T.cfg.ae) # with the latents' measured scaling
     data = load_data(quads, T, c)
     rows, held = held_out(data, a.held_out)

@@ -94,7 +94,7 @@ def true_quadruple(
     x = source.ring(who['ring'])[ring_index(who['view'], rec['offset'], view.n_views, source.n)]
     return rec, rgba, to_bytes(composite(x.float()/255, rec['background']))
 
-# %% ../nbs/25_true_views.ipynb #30489bdf
+# %% ../nbs/25_true_views.ipynb #4bef5baf
 def true_settings(
     source:TrueViews,
     cfg:Config, # view, noise_shape
@@ -127,11 +127,12 @@ def write_true_quadruples(
     tars = {s: out/f'quads-{s:05d}.tar' for s in range(-(-count//shard))}
     todo = [s for s, tar in tars.items() if not is_finished(tar, shard_ids(s, shard, count))]
     total = lambda shards: sum(len(shard_ids(s, shard, count)) for s in shards)
-    def one(i): rec, rgba, oi = true_quadruple(i, source, cfg.view, seed); return rec['key'], member_bytes(dict(rec, **settings), rgba, oi, None, 'pictures')
+    def one(i): rec, rgba, oi = true_quadruple(i, source, cfg.view, seed); return rec['picture']['family'], (rec['key'], member_bytes(dict(rec, **settings), rgba, oi, None, 'pictures'))
     with ThreadPoolExecutor(4) as pool, tqdm(total=total(tars), initial=total(tars)-total(todo), desc=f'true views into {out.name}', unit='quad', disable=quiet, file=sys.stderr, mininterval=.5) as bar:
         for s in todo:
             ids = shard_ids(s, shard, count)
-            write_shard(tars[s], list(pool.map(one, ids)), ids=[ids.start, ids.stop], made_by=made_by('cpu')); bar.update(len(ids))
+            families, members = zip(*pool.map(one, ids))
+            write_shard(tars[s], members, ids=[ids.start, ids.stop], names=families, made_by=made_by('cpu')); bar.update(len(ids))
     return dict(shards=todo, made=total(todo), kept=total(tars)-total(todo))
 
 # %% ../nbs/25_true_views.ipynb #3dca12a5

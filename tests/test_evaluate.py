@@ -310,7 +310,7 @@ def test_teacher_in_memory(tiny):
     assert len(views) == 3 and there.nonzero().flatten().tolist() == [0, 3, 6, 9]
     want = teacher_views(T, torch.stack([shrink(c.rgba, 32)]*3), torch.full((3,), 3.), [0, 1, 2], steps=2) # azimuths 0, 90, 180, 270; the ring begins at 90
     for k in range(3): assert torch.allclose(views[k].rgba[[9, 0, 3, 6], :3], want[k], atol=1e-5)
-    res = evaluate([(c, '')], [who, of_model(G, cfg, 'student', samples=3)], replace(P, normalise='none'), teacher=who, floor=False)['methods'] # a teacher's picture is not moved
+    res = evaluate([(c, '')], [who, of_model(G, cfg, 'student', samples=3)], P, teacher=who, floor=False)['methods']
     t, s = (res[k]['objects'][0]['unaligned'] for k in ('teacher', 'student'))
     assert t['energy'] < 0 < s['energy'] and t['diversity'] == pytest.approx(1) and t['own_psnr'] == 100 > t['other_psnr'] and t['teacher_sharpness'] == pytest.approx(1)
     assert t['mean_of_k_psnr'] == pytest.approx(t['there_mean_of_k_psnr'], abs=1e-3) == t['teacher_mean_of_k_psnr'] and s['teacher_mean_of_k_psnr'] == pytest.approx(t['teacher_mean_of_k_psnr']) and len(t['psnr_views']) == 4
@@ -333,7 +333,7 @@ def test_pictures_nobody_knows_the_sides_of(tiny, tmp_path, capsys):
     T.save(tmp_path/'t.safetensors')
     from dd3g.loop import save_weights
     save_weights(G, tmp_path/'s.safetensors', cfg, 'student')
-    main(f'--objects {tmp_path}/p.tar --checkpoint {tmp_path}/s.safetensors --teacher {tmp_path}/t.safetensors --out {tmp_path}/o.json --samples 2 --lpips squeeze'.split())
+    main(f'--objects {tmp_path}/p.tar --checkpoint {tmp_path}/s.safetensors --teacher {tmp_path}/t.safetensors --out {tmp_path}/o.json --samples 2 --no-pictures --lpips'.split())
     assert 'energy' in json.loads((tmp_path/'o.json').read_text())['methods']['s']['mean']['aligned']['all']
 
 def test_each_set_has_its_own_mean_object():

@@ -1,13 +1,13 @@
 """The training loop under what happens to long runs: kill -9, several processes, bf16, a changed configuration."""
 import errno, json, os, signal, socket, subprocess, sys, time, types
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest, torch
 from torch import nn
 
 from dd3g.config import FitConfig
 from dd3g.core import UserError, cli
-from dd3g.loop import TensorData, checkpoints, draw, fit, load_weights, read_log, read_tensors
+from dd3g.loop import Run, TensorData, checkpoints, draw, fit, load_weights, read_log, read_tensors, resume, tensors_of
 
 CFG = FitConfig(steps=20, batch=8, lr=.05, warmup=3, cosine=True, ema=.9, save_every=5, log_every=5, grid_every=10)
 SCRIPT = """
@@ -189,6 +189,18 @@ def test_parts_may_change_between_run_and_continuation(tmp_path):
     fit(plain_model(), loss_of(), data(), replace(CFG, steps=10), tmp_path, device='cpu', quiet=True)
     fit(plain_model(), loss_of(), data(), replace(CFG, accumulate=2), tmp_path, device='cpu', quiet=True)
     with pytest.raises(UserError, match='fit.batch was 8, is 16.*--force'): fit(plain_model(), loss_of(), data(), replace(CFG, steps=30, batch=16), tmp_path, device='cpu', quiet=True)
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def test_what_is_restored_is_what_was_saved(tmp_path, device):
+    "Weights, averages, moments, the extra tensor and the step: bit for bit, on any device."
+    c = replace(CFG, steps=5, batch=4, precision='bf16')
+    extra = lambda: dict(scale=torch.zeros(3, device=device))
+    first = extra(); first['scale'] += 7
+    fit(model(), loss_of(), data(), c, tmp_path, device=device, quiet=True, extra_state=first)
+    run = Run(model(), loss_of(), replace(c, steps=10), tmp_path, dict(kind='student', samples=50, fit=asdict(c), config=asdict(c)), device, extra_state=extra())
+    assert not resume(run, 'student') and run.done == 5
+    own, saved = tensors_of(run), last(tmp_path)
+    assert own.keys() == saved.keys() and all(v.device.type == device and torch.equal(v.cpu(), saved[k]) for k, v in own.items()) and own['extra.scale'][0] == 7
 
 def test_boards_get_numbers_and_pictures(tmp_path, monkeypatch):
     "TensorBoard's file appears by itself; Weights & Biases when asked for."

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import dd3g.rollout as R
 from dd3g.cameras import four_views, view_cameras
-from dd3g.config import AutoencoderConfig, EncoderConfig
+from dd3g.config import SCALES, AutoencoderConfig, EncoderConfig
 from dd3g.core import UserError, fix_torchvision, seeded_randn
 from dd3g.ddim import integrate, rollout
 from dd3g.other_teachers import SV3D, OrbitConfig, OrbitSchedule, angles, open_teacher, orbit_rollout, orbit_unet, triangle, walk
 from dd3g.teacher import MultiViewTeacher, inspect
+from dd3g.train import main as train
 from test_checkpoints import Parts
 
 TOY = OrbitConfig(size=16, n_views=5, channels=(32, 64), layers=1, heads=(2, 4), context_dim=32, told=(32, 64, 64), ae=AutoencoderConfig((32, 32), 1), encoder=EncoderConfig('clip', 28, 14, 32, 2, 2))
@@ -192,6 +193,21 @@ def test_words_for_imagedream(tmp_path, capsys, pics):
     a, b = (R.Quadruples(tmp_path/f'w{i}') for i in (0, 1))
     assert a.settings['teacher'] != b.settings['teacher'] and not torch.equal(a.get(0)['oi'], b.get(0)['oi'])
     assert 'reads pictures; give --pictures' in rolled(capsys, *flags, '--out', tmp_path/'no', '--prompt', 'a duck')[2][0]
+
+
+def test_training_with_a_published_teacher(tmp_path, capsys, teacher):
+    "Its folder is enough: it lends its encoder and verifies; SV3D only rolls out."
+    path, tiny = Parts().folder(tmp_path/'imagedream'), SCALES['tiny']
+    t = R.Teacher.from_pretrained(path)
+    c = replace(tiny, ae=t.cfg.ae, diffusion=replace(t.cfg.diffusion, sample_steps=1), rollout_batch=2)
+    R.write_quadruples(R.Roller(t, c), R.TensorPictures(torch.rand(2, 4, 32, 32)), 2, tmp_path/'quads', quiet=True)
+    flags = ('--ae.channels 32 32 --ae.layers 1 --ae.groups 32 --diffusion.prediction epsilon --pairs 0 --fit.steps 2 --fit.batch 1 --loss.sds-every 1 --student.gaussians-per-token 2 '
+             f'--student.pd-blocks 5 --quads {tmp_path}/quads --out {tmp_path}/run').split()
+    G = train([*flags, '--teacher', str(path)])
+    assert (tmp_path/'run'/'student.safetensors').exists() and all(torch.equal(v, t.ae.state_dict()[k]) for k, v in G.latent_encoder.state_dict().items())
+    for other, why in [(write(teacher, tmp_path/'sv3d'), 'holds SV3D, which rolls out but does not verify'), (tmp_path/'nowhere', 'no such file')]:
+        with pytest.raises(SystemExit): train([*flags, '--teacher', str(other), '--out', str(tmp_path/'no')])
+        assert why in capsys.readouterr().err
 
 
 def test_temporal_decoder(tmp_path):

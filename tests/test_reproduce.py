@@ -151,7 +151,7 @@ def test_a_whole_reproduction(world, monkeypatch, tmp_path, capsys):
 @pytest.mark.draws
 def test_killed_and_continued(world):
     "kill -9 of the scheduler: its worker ends too, and the same command ends where an uninterrupted one does."
-    steps = [x if x != '2' or FEW[i-1] != '--steps' else '16' for i, x in enumerate(FEW)]+['--fit.save-every', '2', '--fit.log-every', '2', '--runs', 'II-c-*', '--only', 'runs']
+    steps = [x if x != '2' or FEW[i-1] != '--steps' else '8' for i, x in enumerate(FEW)]+['--fit.save-every', '2', '--fit.log-every', '2', '--runs', 'II-c-*', '--only', 'runs']
     home = world/'runs'/'II-c-lr1e-3-s0'
     shutil.rmtree(home, ignore_errors=True)
     p = subprocess.Popen([sys.executable, '-m', 'dd3g.reproduce', *steps, '--out', str(world), '--jobs', '1'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -166,7 +166,7 @@ def test_killed_and_continued(world):
     first = json.loads((home/'result.json').read_text())['rows'][0]
     shutil.rmtree(home)
     program(world, few=steps)
-    assert json.loads((home/'result.json').read_text())['rows'][0]['weights'] == first['weights'] and first['steps'] == 16
+    assert json.loads((home/'result.json').read_text())['rows'][0]['weights'] == first['weights'] and first['steps'] == 8
 
 @pytest.mark.draws
 def test_a_student_that_diverges_is_a_result(world, monkeypatch):

@@ -89,5 +89,5 @@ def test_a_student_trains_on_them(tmp_path, capsys):
     from dd3g.train import main
     torch.manual_seed(0); Teacher(CFG).save(tmp_path/'teacher.safetensors')
     write_true_quadruples(FakeRings(), None, CFG, tmp_path/'quads', 16, quiet=True)
-    main(f'--quads {tmp_path}/quads --teacher {tmp_path}/teacher.safetensors --out {tmp_path}/run --pairs 0 --fit.steps 2 --fit.batch 2 --fit.warmup 0 --fit.save-every 2 --fit.grid-every 2 --objective explicit'.split())
+    main(f'--quads {tmp_path}/quads --teacher {tmp_path}/teacher.safetensors --out {tmp_path}/run --pairs 0 --fit.steps 2 --fit.batch 2 --fit.warmup 0 --fit.save-every 2 --fit.grid-every 2 --objective explicit --loss.lambda-lpips 0'.split())
     assert (tmp_path/'run'/'student.safetensors').exists()
