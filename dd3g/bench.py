@@ -28,7 +28,7 @@ from .rollout import attention_by, compare, random_teacher, ready, to_bytes
 from .same_run import bench_equal, bench_resume
 from .speed import Clock, bench_generate, bench_plan, bench_profile, bench_train, example, median_s, name_of, newest, survive
 
-# %% ../nbs/90_bench.ipynb #8ec3c97f
+# %% ../nbs/90_bench.ipynb #31dcea44
 TARGETS = { # in words: (name, target, whether less is better, scale or None for the CPU, what else must hold)
     'CPU: draw 16,384 Gaussians':     ('render.cpu_forward_ms', 500, True, None, {}),
     'CPU: draw, and gradients':       ('render.cpu_forward_backward_ms', 2000, True, None, {}),
@@ -36,12 +36,12 @@ TARGETS = { # in words: (name, target, whether less is better, scale or None for
     'CPU: python -m dd3g.generate':   ('generate.cold_start_s', 25, True, None, {}),
     'picture to 157,184 Gaussians':   ('generate.latency_ms', 8, True, 'paper', {}),
     'objects, 32 at once':            ('generate.objects_per_s', 250, False, 'paper', {}),
-    'training samples, joint':        ('train.samples_per_s', 25, False, 'paper', dict(objective='joint')),
-    'training samples, explicit':     ('train.samples_per_s', 60, False, 'paper', dict(objective='explicit')),
+    'training samples, joint':        ('train.samples_per_s', 25, False, 'paper', dict(objective='joint', n_gpus=1)),
+    'training samples, explicit':     ('train.samples_per_s', 60, False, 'paper', dict(objective='explicit', n_gpus=1)),
     'memory of joint training':       ('train.peak_gb', 80, True, 'paper', dict(objective='joint')),
     'training, several GPUs: share':  ('train.scaling_efficiency', .925, False, 'paper', {}),
     '1 × N against N × 1':            ('train.equal_curves', 1e-3, True, 'mini', {}),
-    'quadruples':                     ('rollout.quadruples_per_s', 3.5, False, 'paper', {}),
+    'quadruples':                     ('rollout.quadruples_per_s', 3.5, False, 'paper', dict(n_gpus=1)),
     'one ε in bfloat16':              ('rollout.eps_error_bf16', 2, True, 'paper', {}),
     'rollout, several GPUs: share':   ('rollout.scaling_efficiency', .95, False, 'paper', {})}
 

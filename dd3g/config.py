@@ -267,7 +267,7 @@ _paper = Config(fit=FitConfig(precision='bf16', compile=True)) # the paper names
 
 SCALES = dict(tiny=_tiny(), mini=_mini(), small=_small(), paper=_paper) # the only four names there are
 
-# %% ../nbs/01_config.ipynb #92c6a001
+# %% ../nbs/01_config.ipynb #9df6c041
 def whole_numbers(
     cfg:Config, # any configuration
 )->list:        # (field, its value, what must divide it, that value)
@@ -283,6 +283,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
+# %% ../nbs/01_config.ipynb #6d431ffb
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one

@@ -7,12 +7,12 @@ __all__ = ['UNSEEN', 'Joint', 'InBf16', 'perceptual', 'picture_grid', 'save_pict
            'make_rings', 'make_teacher', 'verifier_of', 'make_quads', 'chain', 'load_data', 'held_out', 'new_student',
            'Watch', 'distil', 'main']
 
-# %% ../nbs/42_train.ipynb #d7e3f27c
+# %% ../nbs/42_train.ipynb #75c1066d
 import contextlib, io, json, os, shutil, sys, time, typing
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 
-import torch
+import torch, tyro
 from torch import Tensor, nn
 
 from .core import UserError, cli, device, seed_of, sha, whole_file
@@ -171,7 +171,7 @@ def stage(
     with whole_file(mark) as tmp: tmp.write_text(json.dumps(dict(key=key, what=what)), encoding='utf-8')
     say(f'{name}: {what}, {time.perf_counter()-t:.0f} s')
 
-# %% ../nbs/42_train.ipynb #5b136aae
+# %% ../nbs/42_train.ipynb #299725a7
 @dataclass(frozen=True)
 class TrainArgs:
     "Distil a multi-view diffusion model into PEPD. What is not named is made first, in OUT."
@@ -183,7 +183,7 @@ class TrainArgs:
     held_out:float=.05       # part of the pictures' families kept for validation
     pairs:int=16             # held-out pictures for which the teacher draws twice, for the knowledge-loss meter; 0: none
     encoder:typing.Optional[str]=None # published weights of the student's image encoder, a folder or a name such as facebook/dinov2-large; default: random
-    start:typing.Optional[Path]=None # begin from these weights of a student: a warm restart, with a new optimiser and schedule
+    start:typing.Annotated[typing.Optional[Path], tyro.conf.arg(aliases=('--warm-start',))]=None # begin from these weights of a student: a warm restart, with a new optimiser and schedule (under torchrun write --warm-start: older Pythons take --start for torchrun's own --start-method)
     force:bool=False         # continue a run although its configuration has changed
     wandb:str=''             # project on Weights & Biases for curves and pictures; TensorBoard has them anyway
     cfg:Cfg=SCALES['tiny']
