@@ -638,7 +638,7 @@ def plot_curves(
         ax.set_xscale('log'); ax.set_xlabel(CURVES[t], fontsize=8); ax.set_ylabel('PSNR on YCB, dB', fontsize=8); ax.tick_params(labelsize=7, which='both'); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/80_paper.ipynb #9ed62f58
+# %% ../nbs/80_paper.ipynb #f43442c6
 def plot_speed(
     book:Book,
 ): # a matplotlib figure, or None
@@ -664,7 +664,7 @@ def plot_teacher(
     for ax, r in zip(axes, sweeps):
         keys = [k for k in r['sweep'][0][1] if k.split('_')[0] in ('front', 'side', 'back') and k.partition('_')[2] in ('', 'mean_of_4', 'mean_of_8')]
         for k in keys:
-            line, = ax.plot([g for g, _ in r['sweep']], [x.get(k) for _, x in r['sweep']], 'o-' if '_' not in k else 's:', ms=3, lw=1)
+            line, = ax.plot([g for g, _ in r['sweep']], [x.get(k) for _, x in r['sweep']], 'o-' if '_' not in k else 's:', ms=3, lw=1, color=dict(front='C2', side='C4', back='C0')[k.split('_')[0]])
             if '_' not in k: ax.text(r['sweep'][-1][0], r['sweep'][-1][1].get(k), f'  {k}', fontsize=7, va='center', c=line.get_color())
         ax.set_title(f'{r["scale"]}; squares: mean of several samples', fontsize=8); ax.set_xlabel('guidance', fontsize=8); ax.set_ylabel('PSNR, dB', fontsize=8); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False)
     return fig

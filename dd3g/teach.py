@@ -6,7 +6,7 @@
 __all__ = ['SHARP', 'COLOR', 'EDGE', 'STEERS', 'CPU_BATCH', 'VIEWS', 'WHITE', 'SWEEP', 'WISHES', 'COMMANDS', 'ring_views',
            'take_views', 'check_ring', 'draw_sample', 'edges', 'chroma', 'TrainAutoencoder', 'autoencoder_loss',
            'latent_scaling', 'certain', 'teach_autoencoder', 'TrainTeacher', 'my_device', 'teacher_loss', 'teach_unet',
-           'begin_from', 'spread', 'held_out_views', 'by_view', 'boards', 'through_autoencoder', 'evaluate',
+           'begin_from', 'evenly', 'spread', 'held_out_views', 'by_view', 'boards', 'through_autoencoder', 'evaluate',
            'silhouettes', 'explained', 'consistency', 'diversity', 'interval', 'score_teacher', 'guidance_sweep',
            'check_azimuths', 'azimuth_sweep', 'wishes', 'TeachArgs', 'load_rings', 'both_stages', 'first_process',
            'teach', 'ScoreArgs', 'held_out_rings', 'scale_of', 'score', 'told', 'main']
@@ -245,8 +245,15 @@ def begin_from(
     if odd: raise UserError(f'{path}: made for another configuration: '+', '.join(f'{k} is {a} there and {b} here' for k, (a, b) in list(odd.items())[:3])+'; use its --scale and values, or train without --start')
     return T, replace(cfg, ae=T.cfg.ae)
 
-# %% ../nbs/23_teach.ipynb #850d9827
+# %% ../nbs/23_teach.ipynb #55387e70
 CPU_BATCH = 16 # rollouts at a time without a GPU, whatever the configuration says: its caches are small
+
+def evenly(
+    x:list, # any
+    n:int,  # how many, at most
+)->list:    # of them
+    "Some of a list, from its first to its last: neighbours are often variants of one model."
+    return [x[i] for i in torch.linspace(0, len(x)-1, min(n, len(x))).round().long().tolist()]
 
 def spread(
     n:int,    # objects
@@ -475,7 +482,7 @@ def wishes(
     row = lambda k, b, s, words: dict(wish=words, bound=f'{"at least" if s > 0 else "at most"} {b:g} dB', value=scores[k], interval=scores['intervals'][k], margin=round(s*(scores[k]-b), 2), met=s*(scores[k]-b) >= 0)
     return [row(*w) for w in WISHES]
 
-# %% ../nbs/23_teach.ipynb #fed55ba1
+# %% ../nbs/23_teach.ipynb #36028578
 @dataclass(frozen=True)
 class TeachArgs:
     "Train the autoencoder and the teacher on rings of views. (python -m dd3g.teach score --help: judge one.)"
@@ -486,7 +493,7 @@ class TeachArgs:
     max_rings:int=0             # read at most this many rings; 0: all
     start:Annotated[Optional[Path], tyro.conf.arg(aliases=('--warm-start',))]=None # begin from these weights of a teacher: a warm restart, with a new optimiser and schedule; its autoencoder stays as it is (under torchrun write --warm-start: older Pythons take --start for torchrun's own --start-method)
     samples:int=4               # rollouts per picture in the scores
-    scored:int=64               # held-out rings scored
+    scored:int=64               # held-out rings scored, evenly taken from all
     force:bool=False            # continue a run although its configuration has changed
     half:bool=False             # store weights in bfloat16: half the size
     record:str=''               # also append the scores to figures/records/NAME.jsonl
@@ -506,7 +513,7 @@ def load_rings(
     if not train: raise UserError(f'{path}: nothing is left to train on; make more objects or lower --held-out')
     return rgba, torch.tensor([m['elevation'] for m in meta]), train, held
 
-# %% ../nbs/23_teach.ipynb #1c734446
+# %% ../nbs/23_teach.ipynb #aceecbb5
 def both_stages(
     a:TeachArgs, # what to do
     rgba:Tensor, # training rings: (n, ring, 4, S, S) uint8
@@ -536,19 +543,20 @@ def teach(
     if a.start or not path.exists(): # with --start the folder is asked whether it began there
         show = held or train
         def on_grid(task, step):
-            image, true, got = held_out_views(task.teacher, rgba[show[:6]], elevation[show[:6]], 1, 25)
+            few = evenly(show, 6)
+            image, true, got = held_out_views(task.teacher, rgba[few], elevation[few], 1, 25)
             with whole_file(Path(a.out)/f'views-{step:06d}.jpg') as f: thumbs(torch.cat([image[:, None], true, got[0]], 1).flatten(0, 1), cols=9, px=64).img.save(f)
         teacher = both_stages(a, rgba[train], elevation[train], on_grid, quiet)
         if first_process(): teacher.save(path, torch.bfloat16 if a.half else None)
         else: return teacher, None
     teacher, scores = Teacher.load(path, my_device()), None
     if held and a.samples and first_process():
-        held = held[:a.scored]
+        held = evenly(held, a.scored)
         scores = evaluate(teacher, rgba[held], elevation[held], a.samples)
         if a.record: record(a.record, what='teacher', scale=a.scale, objects=len(held), teacher=teacher.fingerprint(), **scores)
     return teacher, scores
 
-# %% ../nbs/23_teach.ipynb #db846dfa
+# %% ../nbs/23_teach.ipynb #7dbebcea
 @dataclass(frozen=True)
 class ScoreArgs:
     "Judge a teacher on held-out families."
@@ -579,8 +587,7 @@ def held_out_rings(
     train, held = split_families(rings.meta, held_out)
     first = {rings.meta[i]['name']: i for i in reversed(held)}
     if not first: raise UserError(f'{data[0]}: nothing is held out; make more objects')
-    rows = sorted(first.values())
-    rows = [rows[i] for i in torch.linspace(0, len(rows)-1, min(scored, len(rows))).round().long().tolist()]
+    rows = evenly(sorted(first.values()), scored)
     rgba, meta = rings.load(rows)
     return rgba, torch.tensor([m['elevation'] for m in meta]), [m['name'] for m in meta], [len({rings.meta[i]['name'] for i in part}) for part in (train, held)]
 
