@@ -598,7 +598,7 @@ def scale_of(
     like = lambda c: dataclasses.asdict(c.view) | dataclasses.asdict(c.teacher) | dict(ae=c.ae.channels)
     return next((k for k, c in SCALES.items() if not differences(like(c), like(cfg), STEERS)), 'own')
 
-# %% ../nbs/23_teach.ipynb #f74ca6f1
+# %% ../nbs/23_teach.ipynb #d489f54c
 def score(
     a:ScoreArgs,
 )->dict: # fields of the record
@@ -610,7 +610,7 @@ def score(
     rgba, elevation, names, objects = held_out_rings(list(a.data), T.cfg.view, a.held_out, a.scored)
     if a.azimuths: check_azimuths(a.azimuths, rgba.shape[1])
     scores = score_teacher(T, rgba, elevation, a.samples, a.guidance, a.steps)
-    few    = torch.linspace(0, len(rgba)-1, min(a.sweep_scored, len(rgba))).round().long()
+    few    = evenly(list(range(len(rgba))), a.sweep_scored)
     sweep  = guidance_sweep(T, rgba[few], elevation[few], a.samples, a.sweep, a.steps) if len(few) else []
     around = azimuth_sweep(T, rgba, elevation, a.azimuth_samples, a.azimuths, a.steps) if a.azimuths else []
     if a.sheet:

@@ -6,7 +6,7 @@
 __all__ = ['TRUE', 'nested_set', 'on_ring', 'ring_index', 'TrueViews', 'true_quadruple', 'true_settings', 'write_true_quadruples',
            'TrueArgs', 'main']
 
-# %% ../nbs/25_true_views.ipynb #e368da43
+# %% ../nbs/25_true_views.ipynb #aa8d1919
 import dataclasses, json, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from .core import UserError, cli, seed_of, sha
 from .config import SCALES, Cfg, Config, ViewConfig, parse
 from .images import composite
-from .objects import Rings, split_families
+from .objects import Rings, in_order, split_families
 from .store import place
 from .rollout import claim, is_finished, made_by, member_bytes, plan, RingPictures, shard_ids, to_bytes, write_shard
 
-# %% ../nbs/25_true_views.ipynb #ddd1a9ed
+# %% ../nbs/25_true_views.ipynb #84b797da
 def nested_set(
     meta:list,  # of rings, each with a name
     part:float, # of the objects, 0..1; at least one
@@ -29,7 +29,7 @@ def nested_set(
 )->list:        # numbers of the rings that belong to the set
     "The 3D set: a smaller part lies within every larger one."
     if not 0 < part <= 1: raise UserError(f'--part {part:g}: above 0, at most 1')
-    order = sorted({m['name'] for m in meta}, key=lambda n: seed_of('3D set', seed, n))
+    order = in_order([m['name'] for m in meta], seed)
     few = set(order[:max(1, round(part*len(order)))])
     return [i for i, m in enumerate(meta) if m['name'] in few]
 
