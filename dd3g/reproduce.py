@@ -8,13 +8,13 @@ __all__ = ['PREMISE', 'NESTED', 'SETS', 'PAPER', 'TABLE_II', 'WRONG', 'SIZES', '
            'ReproduceArgs', 'checked', 'chosen', 'common', 'mark_of', 'Notes', 'key_of', 'make_all_rings',
            'ring_folders', 'SomeRings', 'world_of', 'teacher_path', 'make_teacher', 'the_teacher', 'score_it',
            'pool_source', 'roll_pool', 'pack', 'pool_path', 'rows_of', 'Pack', 'gpus', 'describe', 'described', 'start',
-           'tail', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases', 'model_sets', 'teacher_samples',
-           'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests', 'sets_of', 'short', 'judged',
-           'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker', 'results_of', 'line_of',
-           'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected', 'Inline', 'stop', 'Scheduler',
-           'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run', 'write_strip', 'table_figure', 'between',
-           'evenness', 'figure_nine', 'spread_of', 'figure_ten', 'make_figures', 'gather', 'make_report', 'overview',
-           'planned', 'main']
+           'tail', 'rollers', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases', 'model_sets',
+           'teacher_samples', 'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests', 'sets_of',
+           'short', 'judged', 'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker',
+           'results_of', 'line_of', 'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected',
+           'Inline', 'stop', 'Scheduler', 'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run',
+           'write_strip', 'table_figure', 'between', 'evenness', 'figure_nine', 'spread_of', 'figure_ten',
+           'make_figures', 'gather', 'make_report', 'overview', 'planned', 'main']
 
 # %% ../nbs/81_reproduce.ipynb #be8a753b
 import contextlib, dataclasses, fnmatch, io, json, os, re, shlex, shutil, signal, statistics, subprocess, sys, threading, time, traceback, typing
@@ -477,24 +477,40 @@ def tail(
     said = [l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()] if log.exists() else []
     return f'{said[-1].removeprefix("dd3g: ") if said else "it said nothing"} (all of it: {log})'
 
-# %% ../nbs/81_reproduce.ipynb #b22ef5a4
+# %% ../nbs/81_reproduce.ipynb #88fd3475
+def rollers(
+    a:ReproduceArgs,
+    todo:dict, # pool -> its file
+)->dict:       # pool -> processes that fill it; empty without a GPU
+    "Begin all pools at once."
+    cards, out = gpus(), {}
+    for pool, path in todo.items() if cards else ():
+        at, rank = path.with_suffix(''), lambda i, n: dict(RANK=str(i), WORLD_SIZE=str(n))
+        describe(at, a, pool=pool)
+        out[pool] = [start(at, None, 2)] if pool.startswith('true') else [start(at, g, 2*len(cards), **rank(i, len(cards))) for i, g in enumerate(cards)]
+    return out
+
+# %% ../nbs/81_reproduce.ipynb #70a8ec4f
 def make_pools(
     a:ReproduceArgs,
 ):
     "The stage `quadruples`."
     T, c = the_teacher(a, 'cpu'), a.cfg
     sets = list(dict.fromkeys(['n + 2n', *(r.set for r in chosen(a))]))
-    for pool in dict.fromkeys(p for s in sets for p, _ in SETS[s].parts):
-        path = pool_path(a.out, pool); at = path.with_suffix('')
-        def make():
-            if len(gpus()) > 1 and not pool.startswith('true'):
-                describe(at, a, pool=pool)
-                work = [start(at, g, len(gpus()), RANK=str(i), WORLD_SIZE=str(len(gpus()))) for i, g in enumerate(gpus())]
-                if any([p.wait() for p in work]): raise UserError(f'{at}: rolling out failed: {tail(at)}')
-            else: roll_pool(a, pool, at)
-            known = {m['name']: m['family'] for part in world_of(a) for m in part.meta}
-            return f'{len(pack(at, path, lambda n: known.get(n, n))["sha"])} quadruples'
-        stage(f'quadruples, {pool}', at, key_of(T.fingerprint(), c.view, c.diffusion, c.quadruples, c.rollout_batch, [p.name for p in ring_folders(a)], c.objects), make)
+    pools = {p: pool_path(a.out, p) for s in sets for p, _ in SETS[s].parts}
+    work = rollers(a, {p: at for p, at in pools.items() if not (at.with_suffix('')/'stage.json').exists()})
+    try:
+        for pool, path in pools.items():
+            at = path.with_suffix('')
+            def make():
+                if pool not in work: roll_pool(a, pool, at)
+                elif any([p.wait() for p in work[pool]]): raise UserError(f'{at}: rolling out failed: {tail(at)}')
+                family = {m['name']: m['family'] for part in world_of(a) for m in part.meta}
+                return f'{len(pack(at, path, lambda n: family.get(n, n))["sha"])} quadruples'
+            stage(f'quadruples, {pool}', at, key_of(T.fingerprint(), c.view, c.diffusion, c.quadruples, c.rollout_batch, [p.name for p in ring_folders(a)], c.objects), make)
+    finally:
+        for p in sum(work.values(), []):
+            if p.poll() is None: stop(p)
     write = Notes(a.out/'pools', **common(a))
     for s in sets:
         try: write('quadruples', set=s, **told_of(a.out, s))
@@ -991,7 +1007,7 @@ def make_runs(
     if s.late: say(f'{len(s.late)} runs were not begun or not ended in {a.minutes:g} minutes: {", ".join(r.name for r in s.late[:8])}{" ..." if len(s.late) > 8 else ""}')
     if s.failed: say(f'{len(s.failed)} runs failed: {", ".join(s.failed)}')
 
-# %% ../nbs/81_reproduce.ipynb #61ea1912
+# %% ../nbs/81_reproduce.ipynb #1fdef778
 FIGURES = {'6':[('II', k) for k in ('a', 'b', 'c', 'd')], '7':[('III', k) for k in ('explicit', 'implicit', 'joint')]}
 
 def best_run(
@@ -1031,8 +1047,8 @@ def table_figure(
             truth = c.white(); truth = truth[torch.arange(4)*len(truth)//4]
             for v, side in ((1, 'side'), (2, 'back')):
                 rows.append([composite(shrink(c.rgba, s.p.size)), truth[v], *[x[i, v] for x in shown.values()]]); labels.append(f'{c.name}, {side}')
-    write_strip(rows, a.out/'results'/'strips'/f'figure{which}.jpg')
-    write('figure', figure=which, strip=f'figure{which}.jpg', rows=labels, columns=['input', 'truth', *names], numbers=dict(runs=names))
+    write_strip(rows, a.out/'results'/'strips'/f'figure{which}-{a.scale}.jpg')
+    write('figure', figure=which, strip=f'figure{which}-{a.scale}.jpg', rows=labels, columns=['input', 'truth', *names], numbers=dict(runs=names))
 
 # %% ../nbs/81_reproduce.ipynb #f4d0647b
 @torch.no_grad()
@@ -1062,7 +1078,7 @@ def evenness(
     sharp = sharpness(path.flatten(0, -4).unflatten(0, path.shape[:-3])).flatten(1).mean(1)
     return dict(largest_step=float(d.max()/d.mean().clamp_min(1e-9)), length=float(d.sum()/(path[-1]-path[0]).norm().clamp_min(1e-9)), sharp_halfway=float(2*sharp[len(path)//2]/(sharp[0]+sharp[-1]).clamp_min(1e-9)))
 
-# %% ../nbs/81_reproduce.ipynb #bcc11cf5
+# %% ../nbs/81_reproduce.ipynb #ac57bc47
 def figure_nine(
     a:ReproduceArgs,
     write:Notes,
@@ -1087,11 +1103,11 @@ def figure_nine(
         for k, x in dict(tokens=tokens, pixels=pixels, fading=fading).items(): found[k].append(evenness(x))
         if i < 6: shown += [[two[0], *tokens[:, v], two[1]] for v in (1, 2)]
     numbers = {k: {m: round(float(np.mean([r[m] for r in rs])), 3) for m in rs[0]} for k, rs in found.items() if rs}
-    write_strip(shown, a.out/'results'/'strips'/'figure9.jpg')
-    write('figure', figure='9', strip='figure9.jpg', rows=[f'pair {i//2+1}, {("front", "behind")[i % 2]}' for i in range(len(shown))],
+    write_strip(shown, a.out/'results'/'strips'/f'figure9-{a.scale}.jpg')
+    write('figure', figure='9', strip=f'figure9-{a.scale}.jpg', rows=[f'pair {i//2+1}, {("front", "behind")[i % 2]}' for i in range(len(shown))],
           columns=['first', *[f'{x:.2f}' for x in w.tolist()], 'second'], numbers=dict(numbers, run=name, pairs=len(pics)//2, steps=steps))
 
-# %% ../nbs/81_reproduce.ipynb #86e98abc
+# %% ../nbs/81_reproduce.ipynb #3d9ab1c7
 def spread_of(
     x:Tensor, # samples: (cases, k, V, 3, S, S)
 )->Tensor:    # root mean square distance from the samples' mean: (V,)
@@ -1120,8 +1136,8 @@ def figure_ten(
     liveliest = (O-O.mean(1, keepdim=True)).square().flatten(1).mean(1).argsort(descending=True)[:3].tolist()
     v, rows = (i+1) % len(mine), []
     for j in liveliest: rows += [[composite(shrink(s.cases[j][0].rgba, c.view.size)), *x[j, :3, v]] for x in (G, O)]
-    write_strip(rows, a.out/'results'/'strips'/'figure10.jpg')
-    write('figure', figure='10', strip='figure10.jpg', rows=[f'{s.cases[j][0].name}, {w}' for j in liveliest for w in ('student', 'teacher')],
+    write_strip(rows, a.out/'results'/'strips'/f'figure10-{a.scale}.jpg')
+    write('figure', figure='10', strip=f'figure10-{a.scale}.jpg', rows=[f'{s.cases[j][0].name}, {w}' for j in liveliest for w in ('student', 'teacher')],
           columns=['input', *[f'N {n}' for n in range(min(3, k))]], numbers=dict(numbers, run=name, cases=len(out), samples=k))
 
 def make_figures(
