@@ -36,7 +36,7 @@ def build_student(
     "The student that a configuration names."
     return BACKBONES[cfg.student.backbone](cfg, encoder)
 
-# %% ../nbs/36_backbones.ipynb #f6f99db1
+# %% ../nbs/36_backbones.ipynb #be6019c8
 def tokens_of(
     cfg:Config, # any scale
 )->int:
@@ -51,9 +51,11 @@ def size_of(
     "What a backbone costs, without allocating a weight."
     with torch.device('meta'):
         m = build_student(cfg)
-        trained = m.n_params()-sum(p.numel() for p in m.latent_encoder.parameters() if p.requires_grad) if m.latent_encoder else m.n_params() # that one is a frozen copy
+        copied  = m.latent_encoder.parameters() if m.latent_encoder else () # the teacher's, frozen when it trains
+        trained = m.n_params()-sum(p.numel() for p in copied if p.requires_grad)
         total = sum(p.numel() for p in m.parameters())
-        g, flops = count_flops(m, torch.zeros(1, 3, *[cfg.view.size]*2), torch.zeros(1, *cfg.noise_shape), Cameras(torch.zeros(1, cfg.view.n_views, 4, 4), cfg.view.fov))
+        cams  = Cameras(torch.zeros(1, cfg.view.n_views, 4, 4), cfg.view.fov)
+        g, flops = count_flops(m, torch.zeros(1, 3, *[cfg.view.size]*2), torch.zeros(1, *cfg.noise_shape), cams)
     assert g.n == cfg.student.gaussians
     return dict(backbone=cfg.student.backbone, tokens=tokens_of(cfg), gaussians=g.n, parameters=total, trained=trained, flops=flops[''])
 

@@ -7,7 +7,7 @@ __all__ = ['TAG', 'ARCH', 'OPENAI', 'RANDOM', 'tower', 'weights_file', 'visual_s
            'random_tower', 'fingerprint', 'FeatureCache', 'as_rgb', 'Clip', 'ClipProtocol', 'fit', 'draw', 'reference',
            'score', 'ClipArgs', 'stems', 'on_background', 'thin', 'sources', 'check_clip', 'main']
 
-# %% ../nbs/53_clip.ipynb #1ad62d2a
+# %% ../nbs/53_clip.ipynb #78046253
 import contextlib, json, logging, sqlite3, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ from .core import UserError, cli, device, fix_torchvision, record, sha, whole_fi
 from .config import parse
 from .cameras import ring
 from .images import cut_out, has_alpha, load_picture
+from .metrics import bootstrap
 from .splats import FRAMES, Splats, load_splats
 from .splats import draw as draw_splats
 from .generate import SUFFIXES, Generator, find_pictures
-from .evaluate import bootstrap
 
 # %% ../nbs/53_clip.ipynb #38e560a0
 TAG, ARCH = 'laion2b_s39b_b160k', 'ViT-bigG-14' # the field's network, open_clip's names

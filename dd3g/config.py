@@ -122,7 +122,7 @@ class TgsConfig:
     @property
     def gaussians(self): return self.points*math.prod(self.upsample)
 
-# %% ../nbs/01_config.ipynb #b1f078d3
+# %% ../nbs/01_config.ipynb #9f709799
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B), or a rival in its place."
@@ -132,6 +132,7 @@ class StudentConfig:
     pattern:str='pe'           # where pattern tokens come from: pe, shuffled (pe, taught with the N of another sample), constant (learned, blind to N and C), concat (NC itself), none (PD alone)
     lookup:str='none'          # who also reads the maps of Pattern Extraction where C sees it: none (Eq. 2 as in the paper), tokens (at their anchors), gaussians (at their centres)
     lookup_hidden:int=64       # width of the hidden layer with which a Gaussian understands what it read; the paper has none
+    picture:str='white'        # background of the picture it is given: white; or own, the grey its quadruple was rolled out on: then useless Gaussians hide in that colour (measured in the notebook of training). The paper does not say
     fifth_frame:str='latent'   # content of PE's picture frame: latent, or noise as drawn
     pe_channels:int=320        # width inside Pattern Extraction; the paper does not say
     pe_depth:int=4             # [ResBlock, SpatialTransformer3D] pairs; the paper does not say
@@ -283,7 +284,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
-# %% ../nbs/01_config.ipynb #6d431ffb
+# %% ../nbs/01_config.ipynb #22d0bf09
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -294,7 +295,7 @@ def check(
     if v.size % 2**(len(cfg.ae.channels)-1): raise UserError(f'view.size={v.size} must be a multiple of {2**(len(cfg.ae.channels)-1)}: each level of ae.channels halves it')
     if not 0 <= v.input_view < v.n_views: raise UserError(f'view.input_view={v.input_view} must be one of the {v.n_views} views')
     for name, x, ok in [('student.backbone', s.backbone, ('pepd', 'splatter_image', 'tgs')),
-                        ('student.tgs.encoder.kind', s.tgs.encoder.kind, ('vit', 'dinov2', 'clip')), ('student.pattern', s.pattern, ('pe', 'shuffled', 'constant', 'concat', 'none')), ('student.lookup', s.lookup, ('none', 'tokens', 'gaussians')), ('student.fifth_frame', s.fifth_frame, ('latent', 'noise')),
+                        ('student.tgs.encoder.kind', s.tgs.encoder.kind, ('vit', 'dinov2', 'clip')), ('student.pattern', s.pattern, ('pe', 'shuffled', 'constant', 'concat', 'none')), ('student.lookup', s.lookup, ('none', 'tokens', 'gaussians')), ('student.picture', s.picture, ('white', 'own')), ('student.fifth_frame', s.fifth_frame, ('latent', 'noise')),
                         ('student.heads', s.heads, ('progressive', 'last')), ('diffusion.prediction', d.prediction, ('epsilon', 'v')),
                         ('student.encoder.kind', s.encoder.kind, ('vit', 'dinov2', 'clip')), ('teacher.encoder.kind', cfg.teacher.encoder.kind, ('vit', 'dinov2', 'clip')),
                         ('loss.lpips_net', cfg.loss.lpips_net.removeprefix('random-'), ('vgg', 'alex', 'squeeze')),
@@ -325,8 +326,8 @@ def check(
         if not 0 <= f.ema < 1: raise UserError(f'{name}.ema={f.ema} must be in [0, 1)')
     return cfg
 
-# %% ../nbs/01_config.ipynb #ca504fd4
-OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64)} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
+# %% ../nbs/01_config.ipynb #e84bd4e9
+OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, picture='own')} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
 
 def to_json(
     cfg, # any of the dataclasses above

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TRIM', 'SEARCH', 'FLOORS', 'SEED', 'METRICS', 'BLOCK', 'COMMANDS', 'covered', 'box_of', 'weighted_span', 'in_ball',
            'to_view', 'place', 'moved', 'opaque', 'wanted', 'best_turn', 'search', 'scores', 'Pictures', 'views_of',
-           'turn_of', 'together', 'habits', 'spread', 'beside', 'judge', 'floors', 'bootstrap', 'sign_flip', 'holm',
-           'Contestant', 'in_batches', 'student_inputs', 'student_answers', 'of_model', 'of_checkpoint',
-           'teacher_views', 'known', 'of_teacher', 'flat_name', 'by_object', 'of_plys', 'read_pictures', 'of_renders',
-           'best_nets', 'by_name', 'summary', 'save_strip', 'mean_of', 'groups_of', 'evaluate', 'pairs', 'report',
-           'table', 'Run', 'open_reports', 'side_by_side', 'grid', 'scatter', 'extremes', 'EvaluateArgs',
-           'contestants_of', 'check_asked', 'run', 'say', 'keep', 'InputArgs', 'write_inputs', 'CompareArgs', 'ranked',
-           'compare', 'DemoArgs', 'sheet_of', 'demo', 'main']
+           'turn_of', 'together', 'habits', 'spread', 'beside', 'judge', 'floors', 'sign_flip', 'holm', 'Contestant',
+           'in_batches', 'student_inputs', 'student_answers', 'of_model', 'of_checkpoint', 'teacher_views', 'known',
+           'of_teacher', 'flat_name', 'by_object', 'of_plys', 'read_pictures', 'of_renders', 'best_nets', 'by_name',
+           'summary', 'save_strip', 'mean_of', 'groups_of', 'evaluate', 'pairs', 'report', 'table', 'Run',
+           'open_reports', 'side_by_side', 'grid', 'scatter', 'extremes', 'EvaluateArgs', 'contestants_of',
+           'check_asked', 'run', 'say', 'keep', 'InputArgs', 'write_inputs', 'CompareArgs', 'ranked', 'compare',
+           'DemoArgs', 'sheet_of', 'demo', 'main']
 
-# %% ../nbs/52_evaluate.ipynb #42cd81e4
+# %% ../nbs/52_evaluate.ipynb #1717ca01
 import dataclasses, json, math, re, shlex, sys, time, typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +31,9 @@ from .config import Config, parse
 from .cameras import Cameras, orbit, view_cameras
 from .gaussians import Gaussians
 from .images import composite, load_picture, recentre
-from .metrics import Perceptual, billboard, energy_distance, mask_iou, psnr, sharpness, ssim
+from .metrics import Perceptual, billboard, bootstrap, energy_distance, mask_iou, psnr, sharpness, ssim
 from .splats import FRAMES, MAX_GAUSSIANS, Splats, draw, load_splats, save_splats
-from .testsets import Case, Flat, Protocol, asked, is_frozen, listed, read_cases, shrink, turn_z, turned
+from .testsets import Case, Flat, Protocol, asked, check_protocol, is_frozen, listed, read_cases, shrink, turn_z, turned
 from .teacher import Teacher
 from .ddim import Schedule, rollout
 from .rollout import ready
@@ -356,17 +356,7 @@ def floors(
     if only in ('', 'mean object') and case.ring and count > 1 and total.shape[:1] == case.truth.shape[:1]: m = (total-case.white(p.background))/(count-1); shown['mean object'] = m, opaque(m)
     return {k: scores(*(x.to(where) for x in v), case, nets, False, p.lpips_every) for k, v in shown.items()}
 
-# %% ../nbs/52_evaluate.ipynb #93c2ab1b
-def bootstrap(
-    x,            # one number an object
-    n:int=10_000, # resamples
-    seed:int=0,
-)->tuple:         # low and high of the 95 % interval of the mean
-    "Percentile bootstrap over objects."
-    x = np.asarray(x, float); rng = np.random.default_rng(seed_of('bootstrap', seed))
-    means = np.concatenate([x[rng.integers(len(x), size=(1000, len(x)))].mean(1) for _ in range(n//1000)])
-    return tuple(float(v) for v in np.percentile(means, [2.5, 97.5]))
-
+# %% ../nbs/52_evaluate.ipynb #8d2afbc3
 def sign_flip(
     d,            # paired differences, one an object
     n:int=20_000, # random flips, where there are too many to try all
@@ -901,21 +891,14 @@ def contestants_of(a:EvaluateArgs)->list: # of Contestant
     if set(FLOORS) & {c.label for c in out} or {'truth', 'input'} & {c.label for c in out}: raise UserError(f'{", ".join((*FLOORS, "truth", "input"))} are taken; choose other labels with --method')
     return out
 
-# %% ../nbs/52_evaluate.ipynb #ff5867b8
+# %% ../nbs/52_evaluate.ipynb #2265b5ed
 def check_asked(
     a:EvaluateArgs,
 ):
     "Refuse before anything is drawn what cannot be judged or written. Raises UserError."
-    p = a.protocol
-    least = dict(size=16, input_size=16, views=1, inputs=1, supersample=1, posed_views=1, lpips_every=1)
     for k, v in dict(samples=1, limit=0).items():
         if getattr(a, k) < v: raise UserError(f'--{k} {getattr(a, k)}: at least {v}')
-    for k, v in least.items():
-        if getattr(p, k) < v: raise UserError(f'--{k.replace("_", "-")} {getattr(p, k)}: at least {v}')
-    ranges = dict(elevation=(-89, 89), azimuth=(-360, 360), radius=(.1, 100), fov=(1, 170), object_radius=(.01, 100), align_step=(1, 360), background=(0, 1))
-    for k, (lo, hi) in ranges.items():
-        if not lo <= getattr(p, k) <= hi: raise UserError(f'--{k.replace("_", "-")} {getattr(p, k):g}: from {lo:g} to {hi:g}')
-    if not p.object_radius < p.radius: raise UserError(f'--radius {p.radius:g}: the cameras must stand outside the object, whose radius is {p.object_radius:g}')
+    check_protocol(a.protocol)
     if a.out.is_dir(): raise UserError(f'{a.out}: is a folder; name a file, such as {a.out/"evaluate.json"}')
     with whole_file(a.out.with_name(f'.{a.out.name}.writable')): pass
     a.out.with_name(f'.{a.out.name}.writable').unlink()

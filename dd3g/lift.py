@@ -44,15 +44,15 @@ def read_at(
     uv  = (x[..., :2, :]/x[..., 2:, :].clamp_min(1e-3)*(float(cams.K(S)[0, 0])/(S/2))).mT
     return F.grid_sample(pics.flatten(0, 1), uv.flatten(0, 1)[:, None], align_corners=False)[:, :, 0].mT.unflatten(0, (B, V))
 
-# %% ../nbs/55_lift.ipynb #97506383
+# %% ../nbs/55_lift.ipynb #7250ded7
 @dataclass(frozen=True)
 class LiftConfig:
     "How objects are fitted."
     gaussians:int=4096       # per object
     steps:int=300            # of Adam
     drawn:int=4              # views in each step, chosen among those given
-    lr:float=.1              # of scales, rotations, colours and opacities, before their activations
-    lr_mu:float=.012         # of centres, world units
+    lr:float=.2              # of scales, rotations, colours and opacities, before their activations
+    lr_mu:float=.008         # of centres, world units
     grid:int=40              # voxels along a side of the ball's box, for the beginning
     miss:float=.05           # how likely a point is that one view sees beside the object
     deep:float=.05           # how likely a point is that lies inside, against one near the surface

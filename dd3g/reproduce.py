@@ -8,15 +8,15 @@ __all__ = ['PREMISE', 'NESTED', 'SETS', 'PAPER', 'TABLE_II', 'WRONG', 'SIZES', '
            'ReproduceArgs', 'checked', 'chosen', 'common', 'mark_of', 'Notes', 'key_of', 'make_all_rings',
            'ring_folders', 'SomeRings', 'world_of', 'teacher_path', 'make_teacher', 'the_teacher', 'score_it',
            'pool_source', 'roll_pool', 'pack', 'pool_path', 'rows_of', 'Pack', 'gpus', 'describe', 'described', 'start',
-           'tail', 'rollers', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases', 'model_sets',
-           'teacher_samples', 'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests', 'sets_of',
-           'short', 'judged', 'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker',
+           'tail', 'rollers', 'pack_pool', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases',
+           'model_sets', 'teacher_samples', 'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests',
+           'sets_of', 'short', 'judged', 'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker',
            'results_of', 'line_of', 'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected',
            'Inline', 'stop', 'Scheduler', 'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run',
            'write_strip', 'table_figure', 'between', 'evenness', 'figure_nine', 'spread_of', 'figure_ten',
            'make_figures', 'gather', 'make_report', 'overview', 'planned', 'main']
 
-# %% ../nbs/81_reproduce.ipynb #be8a753b
+# %% ../nbs/81_reproduce.ipynb #81f29c57
 import contextlib, dataclasses, fnmatch, io, json, os, re, shlex, shutil, signal, statistics, subprocess, sys, threading, time, traceback, typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from .objects import Rings, find_models, split_families, write_rings
 from .loop import fit, read_log
 from .teacher import Teacher
 from .rollout import Quadruples, RingPictures, RolloutArgs, inputs_of, load_roller, plan, ready, to_bytes, write_quadruples
-from .teach import ScoreArgs, TeachArgs, score, spread, teach
+from .teach import ScoreArgs, TeachArgs, evenly, score, spread, teach
 from .true_views import nested_set, write_true_quadruples
 from .backbones import size_of
 from .meter import knowledge_loss, two_draws
@@ -88,7 +88,7 @@ NESTED  = {'1/27':1/27, '1/9':1/9, '1/3':1/3} # parts of everything, for the cur
 SETS = {'n rendered':Quads((('rendered', 1.),)), 'n synthetic':Quads((('synthetic', .5),)), 'n/2 + n':_both(.5), 'n + 2n':_both(1.), # Table IV
         'nearly white':_both(1., brightest=.95)} | {k: _both(x) for k, x in NESTED.items()} | {f'true {p} %':Quads(((f'true {p} %', 1.),)) for p in PREMISE}
 
-# %% ../nbs/81_reproduce.ipynb #22576e83
+# %% ../nbs/81_reproduce.ipynb #151303a1
 PAPER = (('student.lookup', 'none'),) # Eq. 2 as it is written
 TABLE_II = {'a':(('student.backbone', 'tgs'),), 'b':(('student.backbone', 'splatter_image'),), 'c':(('student.pattern', 'none'),),
             "c'":(('student.pattern', 'constant'),), 'c"':(('student.pattern', 'shuffled'),), 'd':(), 'd+lookup':(('student.lookup', 'gaussians'),)}
@@ -98,7 +98,8 @@ WRONG = { # what the paper says went wrong: overrides, objective, set
     'white background': ((('loss.sds_background', 'white'),), 'joint', 'nearly white'),
     'constant beta':    ((('loss.constant_beta', True),), 'joint', 'n + 2n'),
     'no L_on':          ((('loss.opacity', 0.),), 'joint', 'n + 2n'),
-    'all heads last':   ((('student.heads', 'last'),), 'explicit', 'n + 2n')}
+    'all heads last':   ((('student.heads', 'last'),), 'explicit', 'n + 2n'),
+    'sees the background': ((('student.picture', 'own'),), 'explicit', 'n + 2n')} # ours: the picture shows the grey that the quadruple was rolled out on
 SIZES = dict(half=.5, full=1., double=2.) # of the student's widths
 
 def table_two(
@@ -341,7 +342,7 @@ def score_it(
         return f'front {x["front"]:.2f} dB, side {x["side"]:.2f}, its mean of {a.samples} {x[f"side_mean_of_{a.samples}"]:.2f} (billboard {x["side_billboard"]:.2f})'
     stage('scores', out, key_of(T.fingerprint(), a.cfg.diffusion, a.samples, a.swept), measure)
 
-# %% ../nbs/81_reproduce.ipynb #f4ba58c2
+# %% ../nbs/81_reproduce.ipynb #ca2a02f7
 def pool_source(
     a:ReproduceArgs,
     name:str, # rendered, synthetic, or true P %
@@ -362,7 +363,7 @@ def roll_pool(
     source, n = pool_source(a, name)
     if name.startswith('true'): return write_true_quadruples(source, nested_set(source.meta, int(name.split()[1])/100), a.cfg, out, n)
     c = replace(a.cfg, ae=Teacher.load(teacher_path(a)).cfg.ae) # with the latents' measured scaling
-    fast = c.fit_teacher.compile and device().type == 'cuda' # about 280 quadruples a second against 110 on an H200, for 40 s of compiling
+    fast = c.fit_teacher.compile and device().type == 'cuda' # worth its minute of compiling from a few thousand quadruples on
     roller = load_roller(RolloutArgs(teacher=str(teacher_path(a)), out=str(out), compile=fast, cfg=c), device())
     env = lambda k, d: int(os.environ.get(k, d))
     write_quadruples(roller, source, n, out, rank=env('RANK', 0), world=env('WORLD_SIZE', 1))
@@ -477,7 +478,7 @@ def tail(
     said = [l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()] if log.exists() else []
     return f'{said[-1].removeprefix("dd3g: ") if said else "it said nothing"} (all of it: {log})'
 
-# %% ../nbs/81_reproduce.ipynb #88fd3475
+# %% ../nbs/81_reproduce.ipynb #81a50006
 def rollers(
     a:ReproduceArgs,
     todo:dict, # pool -> its file
@@ -485,12 +486,20 @@ def rollers(
     "Begin all pools at once."
     cards, out = gpus(), {}
     for pool, path in todo.items() if cards else ():
-        at, rank = path.with_suffix(''), lambda i, n: dict(RANK=str(i), WORLD_SIZE=str(n))
-        describe(at, a, pool=pool)
-        out[pool] = [start(at, None, 2)] if pool.startswith('true') else [start(at, g, 2*len(cards), **rank(i, len(cards))) for i, g in enumerate(cards)]
+        at, true = path.with_suffix(''), pool.startswith('true')
+        describe(at, a, pool=pool, alone=true)
+        out[pool] = [start(at, None, 4)] if true else [start(at, g, 2*len(cards), RANK=str(i), WORLD_SIZE=str(len(cards))) for i, g in enumerate(cards)]
     return out
 
-# %% ../nbs/81_reproduce.ipynb #70a8ec4f
+def pack_pool(
+    a:ReproduceArgs,
+    pool:str, # its name
+)->int:       # quadruples
+    "Pack what was rolled out; families are those of the rings."
+    path, family = pool_path(a.out, pool), {m['name']: m['family'] for part in world_of(a) for m in part.meta}
+    return len(pack(path.with_suffix(''), path, lambda name: family.get(name, name))['sha'])
+
+# %% ../nbs/81_reproduce.ipynb #5e6a00fb
 def make_pools(
     a:ReproduceArgs,
 ):
@@ -505,8 +514,8 @@ def make_pools(
             def make():
                 if pool not in work: roll_pool(a, pool, at)
                 elif any([p.wait() for p in work[pool]]): raise UserError(f'{at}: rolling out failed: {tail(at)}')
-                family = {m['name']: m['family'] for part in world_of(a) for m in part.meta}
-                return f'{len(pack(at, path, lambda n: family.get(n, n))["sha"])} quadruples'
+                packed = pool in work and pool.startswith('true')
+                return f'{len(json.loads(path.with_suffix(".json").read_text())["sha"]) if packed else pack_pool(a, pool)} quadruples'
             stage(f'quadruples, {pool}', at, key_of(T.fingerprint(), c.view, c.diffusion, c.quadruples, c.rollout_batch, [p.name for p in ring_folders(a)], c.objects), make)
     finally:
         for p in sum(work.values(), []):
@@ -541,7 +550,7 @@ class TestSet:
     def taught(self, i): # the teacher's samples of case i at the case's cameras, NaN where it draws nothing: (k, views, 3, S, S)
         return None if self.drawn is None else composite(known(self.drawn[i].float()/255, self.cases[i][0]), self.p.background)
 
-# %% ../nbs/81_reproduce.ipynb #d5daed04
+# %% ../nbs/81_reproduce.ipynb #6a132c85
 def ring_case(
     rings,    # Rings
     i:int,    # its record
@@ -559,7 +568,7 @@ def held_out_cases(
     "Rings of families that nobody was trained on, from all input azimuths."
     held, v = world_of(a)[1], a.cfg.view
     first = list({m['name']: i for i, m in reversed(list(enumerate(held.meta)))}.values())[::-1] # one ring an object
-    few   = (first[::max(1, len(first)//a.judged)]*a.judged)[:a.judged] # few objects: several inputs each
+    few   = (evenly(first, a.judged)*a.judged)[:a.judged] # few objects: several inputs each
     p = Protocol(views=held.ring, size=v.size, input_size=v.size, radius=v.radius, fov=v.fov, object_radius=v.object_radius)
     how   = {json.loads((f/'rings.json').read_text())['renderer'] for f in ring_folders(a)}-{'mesh'}
     cases = [ring_case(held, i, j, [f'drawn as {k}, not by pyrender' for k in sorted(how)]) for i, j in zip(few, spread(len(few), held.ring).tolist())]
@@ -709,7 +718,7 @@ def bounds(
     ends = [(of_lifted_teacher(T, fit, samples=samples, guidance=d.guidance, steps=d.sample_steps), samples), (of_true_views(fit), 1)]
     for who, k in ends if a.lifted and s.cases[0][0].truth is not None else (): write('ceiling', method=who.label, samples=k, fitted=who.about, **judged(who, s, nets)[0])
 
-# %% ../nbs/81_reproduce.ipynb #7c85395c
+# %% ../nbs/81_reproduce.ipynb #e09da5c6
 def smooth(
     rows:list, # lines of a log
 )->dict:
@@ -741,9 +750,12 @@ def train_run(
     skipped = sum(len(r.get('skipped') or ()) for r in rows)
     plain = new_student(c, T).to(dev) # without what was compiled for training: other batch sizes would be compiled again
     plain.load_state_dict(G.state_dict())
-    return None if diverged else plain.eval(), dict(size, samples=c.fit.steps*c.fit.batch, quadruples=len(data), seconds=round(time.perf_counter()-t, 1), skipped=skipped, diverged=diverged, **smooth(rows))
+    went, samples = smooth(rows), c.fit.steps*c.fit.batch
+    took = samples/went['samples_per_s'] if went['samples_per_s'] else time.perf_counter()-t # at its usual speed: neither compiling nor resuming counts
+    facts = dict(size, samples=samples, quadruples=len(data), seconds=round(took, 1), skipped=skipped, diverged=diverged, **went)
+    return None if diverged else plain.eval(), facts
 
-# %% ../nbs/81_reproduce.ipynb #e6f4f253
+# %% ../nbs/81_reproduce.ipynb #cb1a8ef1
 def blank_psnr(
     pairs:dict, # from `two_draws`
 )->float:       # dB
@@ -792,7 +804,9 @@ def worker(
 ):
     "Do what job.json says."
     a, job = described(folder)
-    return roll_pool(a, job['pool'], folder) if 'pool' in job else do_run(a, job, folder)
+    if 'pool' not in job: return do_run(a, job, folder)
+    roll_pool(a, job['pool'], folder)
+    if job['alone']: pack_pool(a, job['pool'])
 
 # %% ../nbs/81_reproduce.ipynb #528fc4c8
 def results_of(
@@ -1050,7 +1064,7 @@ def table_figure(
     write_strip(rows, a.out/'results'/'strips'/f'figure{which}-{a.scale}.jpg')
     write('figure', figure=which, strip=f'figure{which}-{a.scale}.jpg', rows=labels, columns=['input', 'truth', *names], numbers=dict(runs=names))
 
-# %% ../nbs/81_reproduce.ipynb #f4d0647b
+# %% ../nbs/81_reproduce.ipynb #bc51be50
 @torch.no_grad()
 def between(
     model,        # an `ImageTo3D` with an encoder
@@ -1075,10 +1089,10 @@ def evenness(
 )->dict:
     "How smoothly a path of pictures runs."
     d = (path[1:]-path[:-1]).flatten(1).norm(dim=1)
-    sharp = sharpness(path.flatten(0, -4).unflatten(0, path.shape[:-3])).flatten(1).mean(1)
+    sharp = sharpness(path).flatten(1).mean(1)
     return dict(largest_step=float(d.max()/d.mean().clamp_min(1e-9)), length=float(d.sum()/(path[-1]-path[0]).norm().clamp_min(1e-9)), sharp_halfway=float(2*sharp[len(path)//2]/(sharp[0]+sharp[-1]).clamp_min(1e-9)))
 
-# %% ../nbs/81_reproduce.ipynb #ac57bc47
+# %% ../nbs/81_reproduce.ipynb #638bc912
 def figure_nine(
     a:ReproduceArgs,
     write:Notes,
@@ -1093,6 +1107,7 @@ def figure_nine(
     if len(pics) < 2: return say('figure 9 needs two held-out pictures')
     w, noise, cams = torch.linspace(0, 1, steps, device=dev), seeded_randn([0], *c.noise_shape, device=dev), view_cameras(c.view, torch.zeros(1), 0., dev)
     many, rows = Cameras(cams.c2w.expand(steps, -1, -1, -1), c.view.fov), []
+    ends = c.view.input_view, (c.view.input_view+c.view.n_views//2) % c.view.n_views # the picture's own view, and the one behind
     draw, shown, found = lambda g: render(g, many, c.view.size, 1.).rgb.clamp(0, 1), [], dict(tokens=[], pixels=[], fading=[])
     for i in range(0, len(pics)-1, 2):
         two = torch.stack(pics[i:i+2]); t = w.view(-1, 1, 1, 1)
@@ -1101,7 +1116,7 @@ def figure_nine(
             pixels = draw(gen.model((1-t)*two[:1]+t*two[1:], noise.expand(steps, -1, -1, -1, -1), many).float())
         fading = (1-t[..., None])*tokens[:1]+t[..., None]*tokens[-1:]
         for k, x in dict(tokens=tokens, pixels=pixels, fading=fading).items(): found[k].append(evenness(x))
-        if i < 6: shown += [[two[0], *tokens[:, v], two[1]] for v in (1, 2)]
+        if i < 6: shown += [[two[0], *tokens[:, v], two[1]] for v in ends]
     numbers = {k: {m: round(float(np.mean([r[m] for r in rs])), 3) for m in rs[0]} for k, rs in found.items() if rs}
     write_strip(shown, a.out/'results'/'strips'/f'figure9-{a.scale}.jpg')
     write('figure', figure='9', strip=f'figure9-{a.scale}.jpg', rows=[f'pair {i//2+1}, {("front", "behind")[i % 2]}' for i in range(len(shown))],

@@ -111,7 +111,7 @@ class ShardPictures(FolderPictures):
         data = read_span(tar, at, n)
         return decoded(data, name, self.size), sha(data)
 
-# %% ../nbs/22_rollout.ipynb #8fb21b5a
+# %% ../nbs/22_rollout.ipynb #a24e9767
 class RingPictures:
     "Views of ring shards: use k of a ring takes a view drawn by seed."
     def __init__(
@@ -128,10 +128,10 @@ class RingPictures:
         x = self.rings.get(i)
         if len(self)*x.numel() < BUDGET: self.kept[i] = x
         return x
-    def get(self, i, k, seed): # -> uint8 (4, S, S), {name, sha, view}, elevation
+    def get(self, i, k, seed): # -> uint8 (4, S, S), {name, family, sha, view}, elevation
         x, m = self.ring(i), self.rings.meta[i]
         j = seed_of('view', seed, m['sha'], k) % len(x)
-        return x[j], dict(name=m['name'], sha=f'{m["sha"]}/{j}', view=j), m['elevation']
+        return x[j], {k: m[k] for k in ('name', 'family') if k in m} | dict(sha=f'{m["sha"]}/{j}', view=j), m['elevation']
 
 class TensorPictures:
     "Pictures in memory."
@@ -667,7 +667,7 @@ def _fetch(
 
 Quadruples._load, Quadruples._keep, Quadruples.fetch = _load, _keep, _fetch
 
-# %% ../nbs/22_rollout.ipynb #0b3b35b2
+# %% ../nbs/22_rollout.ipynb #f7f8afbc
 MIN_PSNR = 50. # dB between OI made on two devices
 
 def compare(
@@ -706,6 +706,7 @@ def verify(
         plans = [plan(i, source, roller.cfg.view, roller.seed, roller.fixed) if source else (qs[i]['record'], qs[i]['rgba']) for i in group.values()]
         z, oi = roller([r for r, _ in plans], torch.stack([q['rgba'] for q in part]), list(group))
         for q, (r, rgba), new, zn in zip(part, plans, oi, z):
+            if 'family' not in q['record']['picture']: r = dict(r, picture={k: v for k, v in r['picture'].items() if k != 'family'}) # an older record
             where = f'{q["tar"]} {q["record"]["key"]}'
             if odd := [k for k in r if r[k] != q['record'][k]]+['ii.png']*(not roller.words and not torch.equal(rgba, q['rgba'])): bad.append(f'{where}: {", ".join(odd)} differ from what the seeds give')
             old = q['oi'] if 'oi' in q else to_bytes(roller.teacher.decode(q['z'][None].to(z)))[0]

@@ -32,18 +32,19 @@ def losses(
     "The loss curve."
     return [r['loss'] for r in read_log(Path(out)/'student')]
 
-# %% ../nbs/89_same_run.ipynb #d439a35f
+# %% ../nbs/89_same_run.ipynb #af94030f
 def small_stage(
     cfg:Config,  # size of teacher and student
     folder:Path, # gets teacher.safetensors and quads/
 ):
     "A teacher of random weights and four batches of its quadruples."
-    c, n = replace(cfg, diffusion=replace(cfg.diffusion, sample_steps=4), rollout_batch=min(64, cfg.rollout_batch)), 4*cfg.fit.batch
-    teacher, S = random_teacher(c, device()), c.view.size
+    c = replace(cfg, diffusion=replace(cfg.diffusion, sample_steps=4), rollout_batch=min(64, cfg.rollout_batch))
+    teacher, S, n = random_teacher(c, device()), c.view.size, 4*cfg.fit.batch
     teacher.save(folder/'teacher.safetensors')
     rgb = torch.rand(n//4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)]*2, indexing='ij')
-    rgba = torch.cat([torch.nn.functional.interpolate(rgb, size=(S, S), mode='bilinear'), (x**2+y**2 < .6).float().expand(n//4, 1, S, S)], 1)
+    disc = (x**2+y**2 < .6).float().expand(n//4, 1, S, S)
+    rgba = torch.cat([torch.nn.functional.interpolate(rgb, size=(S, S), mode='bilinear'), disc], 1)
     write_quadruples(Roller(teacher, c), TensorPictures(rgba), n, folder/'quads', quiet=True)
 
 # %% ../nbs/89_same_run.ipynb #1f7e0fdc
@@ -59,7 +60,7 @@ def flags(
         if not isinstance(v, bool): out += map(str, v if isinstance(v, (list, tuple)) else [v])
     return out
 
-# %% ../nbs/89_same_run.ipynb #9cfdb194
+# %% ../nbs/89_same_run.ipynb #83302724
 def begin(
     folder:Path, # from `small_stage`
     cfg:Config,  # of the run
@@ -69,8 +70,10 @@ def begin(
 )->subprocess.Popen:
     "Start python -m dd3g.train, by torchrun if there are several processes."
     how = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m'] if n > 1 else []
-    cmd = [sys.executable, '-m', *how, 'dd3g.train', '--scale', scale, '--quads', str(folder/'quads'), '--teacher', str(folder/'teacher.safetensors'), '--pairs', '0', '--out', str(folder/name), *flags(cfg, scale)]
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT')} | ({} if torch.cuda.is_available() else {'OMP_NUM_THREADS':'1'})
+    cmd = [sys.executable, '-m', *how, 'dd3g.train', '--scale', scale, '--quads', str(folder/'quads'), '--teacher', str(folder/'teacher.safetensors'),
+           '--pairs', '0', '--out', str(folder/name), *flags(cfg, scale)]
+    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT')}
+    if not torch.cuda.is_available(): env['OMP_NUM_THREADS'] = '1'
     with open(folder/f'{name}.txt', 'a') as f: return subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 def ended(
@@ -91,12 +94,13 @@ def slow(
     **more,         # further fields of `fit`
 )->Config:
     "The paper's learning rate from the first step, and a log line for each, nothing compiled (each start would wait for it): what is compared is arithmetic."
-    return replace(cfg, fit=replace(cfg.fit, **dict(dict(steps=steps, lr=1e-5, warmup=0, cosine=False, precision=precision, compile=False, log_every=1, save_every=10*steps, grid_every=10*steps), **more)))
+    plain = dict(steps=steps, lr=1e-5, warmup=0, cosine=False, precision=precision, compile=False, log_every=1, save_every=10*steps, grid_every=10*steps)
+    return replace(cfg, fit=replace(cfg.fit, **plain|more))
 
-# %% ../nbs/89_same_run.ipynb #ad1b7550
+# %% ../nbs/89_same_run.ipynb #ab803da7
 def bench_equal(
     cfg:Config,      # size of everything
-    repeats:int=1,   # not used: one pair of runs
+    repeats:int=1,   # as all benches take it; here one pair of runs, whatever it is
     scale='tiny',    # its name
     gpus:int=1,      # processes, a GPU each where there are any; at least 2
     precision:str='', # fp32 or bf16; '': fp32
@@ -111,13 +115,14 @@ def bench_equal(
         runs = {'parts':(replace(c, fit=replace(c.fit, accumulate=n)), 1), 'processes':(c, n)}
         a, b = (ended(d, k, begin(d, x, scale, k, m)) for k, (x, m) in runs.items())
     gaps = apart(a, b)
-    yield 'train.equal_curves', max(gaps), '', dict(processes=n, n_gpus=n*torch.cuda.is_available(), batch=c.fit.batch, steps=steps, lr=c.fit.lr, precision=c.fit.precision, compiled=False,
-        loss=[a[0], a[-1]], gaps={str(i+1): gaps[i] for i in sorted({0, 9, 24, steps-1}) if i < steps})
+    what = dict(processes=n, n_gpus=n*torch.cuda.is_available(), batch=c.fit.batch, steps=steps, lr=c.fit.lr, precision=c.fit.precision, compiled=False)
+    some = {str(i+1): gaps[i] for i in sorted({0, 9, 24, steps-1}) if i < steps} # step -> gap
+    yield 'train.equal_curves', max(gaps), '', dict(what, loss=[a[0], a[-1]], gaps=some)
 
-# %% ../nbs/89_same_run.ipynb #268b2c59
+# %% ../nbs/89_same_run.ipynb #2ff971d3
 def bench_resume(
     cfg:Config,      # size of everything
-    repeats:int=1,   # not used: three runs
+    repeats:int=1,   # as all benches take it; here three runs, whatever it is
     scale='tiny',    # its name
     precision:str='', # fp32 or bf16; '': the scale's own
     seconds:float=220., # give up after so long
@@ -127,7 +132,8 @@ def bench_resume(
     c, t = slow(cfg, steps, precision or cfg.fit.precision, save_every=steps//2), time.perf_counter()
     with tempfile.TemporaryDirectory() as d:
         d = Path(d); small_stage(c, d)
-        ps, mark = {k: begin(d, c, scale, k) for k in ('one', 'two', 'killed')}, d/'killed'/'student'/f'checkpoint-{steps//2:07d}.safetensors'
+        ps   = {k: begin(d, c, scale, k) for k in ('one', 'two', 'killed')}
+        mark = d/'killed'/'student'/f'checkpoint-{steps//2:07d}.safetensors'
         try:
             while not mark.exists() and ps['killed'].poll() is None and time.perf_counter()-t < seconds: time.sleep(.01)
             os.killpg(ps['killed'].pid, signal.SIGKILL)

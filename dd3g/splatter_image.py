@@ -37,7 +37,7 @@ def pixel_rays(
     y,x = torch.meshgrid(at, at, indexing='ij')
     return c2w[:3,3], torch.einsum('ij,jhw->ihw', c2w[:3,:3], torch.stack([x, y, torch.ones_like(x)]))
 
-# %% ../nbs/34_splatter_image.ipynb #5b1098ba
+# %% ../nbs/34_splatter_image.ipynb #72a369c5
 class UNetBlock(nn.Module):
     "Residual block that may change side and width, and may attend."
     def __init__(self,
@@ -52,10 +52,16 @@ class UNetBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(math.gcd(groups, n_in), n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
         self.skip = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
-        self.norm3, self.qkv, self.out = (nn.GroupNorm(groups, n_out), nn.Linear(n_out, 3*n_out, bias=False), nn.Linear(n_out, n_out)) if head_dim else (None,)*3
-        for m in (self.conv2, self.out):
-            if m is not None: nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
-    def scale(self, x): return x if self.resize == 1 else F.avg_pool2d(x, 2) if self.resize < 1 else F.interpolate(x, scale_factor=2., mode='nearest')
+        last = [self.conv2] # of each branch: zero, so that a new block changes nothing but side and width
+        if head_dim:
+            self.norm3, self.qkv, self.out = nn.GroupNorm(groups, n_out), nn.Linear(n_out, 3*n_out, bias=False), nn.Linear(n_out, n_out)
+            last.append(self.out)
+        for m in last: nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+    def scale(self,
+        x:Tensor, # (B, C, h, w)
+    )->Tensor:    # (B, C, h*resize, w*resize)
+        if self.resize == 1: return x
+        return F.avg_pool2d(x, 2) if self.resize < 1 else F.interpolate(x, scale_factor=2., mode='nearest')
     def forward(self,
         x:Tensor, # (B, n_in, h, w)
     )->Tensor:    # (B, n_out, h*resize, w*resize)

@@ -7,17 +7,16 @@ __all__ = ['SHARP', 'COLOR', 'EDGE', 'STEERS', 'CPU_BATCH', 'VIEWS', 'WHITE', 'S
            'take_views', 'check_ring', 'draw_sample', 'edges', 'chroma', 'TrainAutoencoder', 'autoencoder_loss',
            'latent_scaling', 'certain', 'teach_autoencoder', 'TrainTeacher', 'my_device', 'teacher_loss', 'teach_unet',
            'begin_from', 'evenly', 'spread', 'held_out_views', 'by_view', 'boards', 'through_autoencoder', 'evaluate',
-           'silhouettes', 'explained', 'consistency', 'diversity', 'interval', 'score_teacher', 'guidance_sweep',
-           'check_azimuths', 'azimuth_sweep', 'wishes', 'TeachArgs', 'load_rings', 'both_stages', 'first_process',
-           'teach', 'ScoreArgs', 'held_out_rings', 'scale_of', 'score', 'told', 'main']
+           'silhouettes', 'explained', 'consistency', 'diversity', 'score_teacher', 'guidance_sweep', 'check_azimuths',
+           'azimuth_sweep', 'wishes', 'TeachArgs', 'load_rings', 'both_stages', 'first_process', 'teach', 'ScoreArgs',
+           'held_out_rings', 'scale_of', 'score', 'told', 'main']
 
-# %% ../nbs/23_teach.ipynb #e39f4e76
+# %% ../nbs/23_teach.ipynb #1af31d0e
 import dataclasses, math, os, shlex, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
-import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 import tyro
 from torch import Tensor
@@ -27,7 +26,7 @@ from .config import SCALES, Cfg, Config, ViewConfig, config_hash, parse
 from .cameras import Cameras, view_cameras
 from .images import composite
 from .objects import Rings, split_families
-from .metrics import billboard, energy_distance, psnr
+from .metrics import billboard, bootstrap, energy_distance, psnr
 from .loop import TensorData, checkpoints, differences, draw, fit, note
 from .teacher import Autoencoder, Teacher
 from .ddim import Schedule, rollout
@@ -398,17 +397,7 @@ def diversity(
     if k >= 4: res |= dict(energy_floor=torch.tensor([energy_distance(o[:k//2], o[k//2:]) for o in x]))
     return res
 
-# %% ../nbs/23_teach.ipynb #5dc7ac12
-def interval(
-    x,            # one number an object: (n,)
-    n:int=10_000, # resamples
-    seed:int=0,   # of the resamples
-)->list:          # low and high end of the 95 % interval of the mean
-    "Percentile bootstrap over objects."
-    x = np.asarray(x, float); rng = np.random.default_rng(seed_of('bootstrap', seed))
-    means = np.concatenate([x[rng.integers(len(x), size=(500, len(x)))].mean(1) for _ in range(n//500)])
-    return [round(float(v), 4) for v in np.percentile(means, [2.5, 97.5])]
-
+# %% ../nbs/23_teach.ipynb #ec2bdb2b
 def score_teacher(
     teacher:Teacher,
     rgba:Tensor,      # held-out rings, one an object: (objects, ring, 4, S, S) uint8
@@ -433,7 +422,7 @@ def score_teacher(
     out  = {k: round(float(x.mean()), 4) for k, x in res.items()}
     low, high = (round(float(f(elevation)), 2) for f in (min, max))
     about = dict(objects=m, samples=n, guidance=cfg.diffusion.guidance if guidance is None else guidance, steps=steps or cfg.diffusion.sample_steps, elevations=[low, high])
-    return dict(about, **out, intervals={k: interval(x) for k, x in res.items()})
+    return dict(about, **out, intervals={k: [round(v, 4) for v in bootstrap(x)] for k, x in res.items()})
 
 # %% ../nbs/23_teach.ipynb #06c7eb0b
 SWEEP = (1., 1.5, 2., 3., 5.) # guidances that are tried

@@ -7,7 +7,7 @@ __all__ = ['UNSEEN', 'Joint', 'InBf16', 'perceptual', 'picture_grid', 'save_pict
            'make_rings', 'make_teacher', 'verifier_of', 'make_quads', 'chain', 'load_data', 'held_out', 'new_student',
            'Watch', 'distil', 'main']
 
-# %% ../nbs/42_train.ipynb #75c1066d
+# %% ../nbs/42_train.ipynb #007d6a78
 import contextlib, io, json, os, shutil, sys, time, typing
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -28,11 +28,11 @@ from .rollout import Quadruples, RolloutArgs, load_roller, pictures_from, write_
 from .teach import TeachArgs, teach
 from .backbones import build_student
 from .layers import ImageTo3D
-from .meter import as_rolled, fits, knowledge_loss, names_of, split_pictures, student_views, two_draws
+from .meter import as_rolled, fits, given, knowledge_loss, names_of, split_pictures, student_views, two_draws
 from .losses import Verifier, explicit, gradient_norms, implicit, opacity
 from .curriculum import draw_t, objective_of, step_weight
 
-# %% ../nbs/42_train.ipynb #1aee4fb5
+# %% ../nbs/42_train.ipynb #9aed30a2
 class Joint:
     "L_DD3G = L_ES + beta_i L_IV + L_on (Eq. 6), as `fit` calls it."
     def __init__(self,
@@ -56,7 +56,7 @@ class Joint:
         "One batch of quadruples to one number."
         c, l, I = self.cfg, self.cfg.loss, self.cfg.fit.steps
         cams = view_cameras(c.view, batch['offset'], batch['elevation'])
-        g = model(batch['image'], batch['noise'], cams).float()
+        g = model(given(batch, c), batch['noise'], cams).float()
         balance = self.balance_every and step % self.balance_every == 0
         on = opacity(g.alpha)
         terms, logs = dict(on=l.opacity*on), dict(on=on.detach())

@@ -54,7 +54,7 @@ def ring_index(
     "Where the ring holds OI."
     return [round(j0+(offset+360*v/n-90)*ring/360) % ring for v in range(n)]
 
-# %% ../nbs/25_true_views.ipynb #50523ffc
+# %% ../nbs/25_true_views.ipynb #bded0ea3
 class TrueViews(RingPictures):
     "Objects seen from all around, as a source of pictures whose other sides are known."
     def __init__(self,
@@ -68,13 +68,18 @@ class TrueViews(RingPictures):
         for i in range(len(self.rings)) if rows is None else rows: by.setdefault(self.rings.meta[i]['name'], []).append(i)
         self.objects, self.inputs = list(by.items()), min(inputs, self.n)
         if not self.objects or inputs < 1: raise UserError('no object to take views of; give a larger --part or more rings')
-        self.digest = sha([self.rings.meta[i]['sha'] for _, rows in self.objects for i in rows], self.inputs)
+        self.digest = sha([self.rings.meta[i]['sha'] for _, mine in self.objects for i in mine], self.inputs)
     def __len__(self): return len(self.objects)
-    def where(self, n, k, seed): # number of a ring, and of a view of it
-        name, rows = self.objects[n]
+    def where(self,
+        n:int,    # number of the object
+        k:int,    # which use of it
+        seed:int, # of the run
+    )->tuple:     # number of a ring, and of a view of it
+        name, mine = self.objects[n]
         order = sorted(range(self.inputs), key=lambda m: seed_of('input azimuth', seed, name, m))
         m = order[k % self.inputs]
-        return rows[m % len(rows)], (seed_of('first azimuth', seed, name)+m*self.n//self.inputs) % self.n
+        first = seed_of('first azimuth', seed, name)
+        return mine[m % len(mine)], (first+m*self.n//self.inputs) % self.n
     def get(self, n, k, seed): # -> uint8 (4, S, S), {name, family, sha, ring, view}, elevation
         i, j = self.where(n, k, seed)
         m = self.rings.meta[i]
@@ -94,7 +99,7 @@ def true_quadruple(
     x = source.ring(who['ring'])[ring_index(who['view'], rec['offset'], view.n_views, source.n)]
     return rec, rgba, to_bytes(composite(x.float()/255, rec['background']))
 
-# %% ../nbs/25_true_views.ipynb #4bef5baf
+# %% ../nbs/25_true_views.ipynb #d17c3d92
 def true_settings(
     source:TrueViews,
     cfg:Config, # view, noise_shape
@@ -127,12 +132,16 @@ def write_true_quadruples(
     tars = {s: out/f'quads-{s:05d}.tar' for s in range(-(-count//shard))}
     todo = [s for s, tar in tars.items() if not is_finished(tar, shard_ids(s, shard, count))]
     total = lambda shards: sum(len(shard_ids(s, shard, count)) for s in shards)
-    def one(i): rec, rgba, oi = true_quadruple(i, source, cfg.view, seed); return rec['picture']['family'], (rec['key'], member_bytes(dict(rec, **settings), rgba, oi, None, 'pictures'))
-    with ThreadPoolExecutor(4) as pool, tqdm(total=total(tars), initial=total(tars)-total(todo), desc=f'true views into {out.name}', unit='quad', disable=quiet, file=sys.stderr, mininterval=.5) as bar:
+    def one(i): # family of sample i, and its member of a shard
+        rec, rgba, oi = true_quadruple(i, source, cfg.view, seed)
+        return rec['picture']['family'], (rec['key'], member_bytes(dict(rec, **settings), rgba, oi, None, 'pictures'))
+    bar = tqdm(total=total(tars), initial=total(tars)-total(todo), desc=f'true views into {out.name}', unit='quad', disable=quiet, file=sys.stderr, mininterval=.5)
+    with ThreadPoolExecutor(4) as pool, bar:
         for s in todo:
             ids = shard_ids(s, shard, count)
             families, members = zip(*pool.map(one, ids))
-            write_shard(tars[s], members, ids=[ids.start, ids.stop], names=families, made_by=made_by('cpu')); bar.update(len(ids))
+            write_shard(tars[s], members, ids=[ids.start, ids.stop], names=families, made_by=made_by('cpu'))
+            bar.update(len(ids))
     return dict(shards=todo, made=total(todo), kept=total(tars)-total(todo))
 
 # %% ../nbs/25_true_views.ipynb #3dca12a5

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dd3g.cameras import Cameras, orbit, ring
 from dd3g.core import UserError
-from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, bootstrap, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, habits, holm, in_ball, judge, main, moved, of_model, of_plys, of_renders, of_teacher,
+from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, habits, holm, in_ball, judge, main, moved, of_model, of_plys, of_renders, of_teacher,
                            open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, teacher_views, to_view, turn_of, views_of, weighted_span)
 from dd3g.gaussians import Gaussians
 from dd3g.splats import Splats, draw, save_splats
@@ -170,10 +170,8 @@ def test_sign_flip_is_exact_and_agrees_with_scipy():
     assert sign_flip(d) == pytest.approx(want, abs=.015) and sign_flip(d) == sign_flip(d)
     assert sign_flip([0.]*8) == 1 and sign_flip([0.]*20) == 1
 
-def test_holm_and_bootstrap():
+def test_holm():
     assert holm([.01, .04, .03]) == pytest.approx([.03, .06, .06]) and holm([.5, .9]) == [1., 1.] and holm([]) == []
-    lo, hi = bootstrap(np.arange(29.)); se = np.std(np.arange(29.))/29**.5
-    assert bootstrap([3.]) == (3., 3.) and lo == pytest.approx(14-1.96*se, abs=.25) and hi == pytest.approx(14+1.96*se, abs=.25)
 
 def test_pairs_use_common_objects_only():
     row = lambda n, v: dict(object=n, group='', aligned=dict(psnr=v))

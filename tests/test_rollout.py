@@ -8,7 +8,7 @@ from PIL import Image
 import dd3g.rollout as R
 from dd3g.config import SCALES
 from dd3g.core import UserError, seeded_randn
-from dd3g.rollout import (FolderPictures, Quadruples, RingPictures, Roller, TensorPictures, compare, fault, file_sha, index_path, main, plan, roll, to_bytes, verify,
+from dd3g.rollout import (FolderPictures, Quadruples, RingPictures, Roller, TensorPictures, compare, fault, file_sha, index_path, main, picture_family, plan, roll, to_bytes, verify,
                           write_quadruples)
 from dd3g.teacher import Teacher, shake
 
@@ -125,7 +125,7 @@ def test_pictures_that_cannot_be_used_are_left_out(home, quads, roller, tmp_path
 def test_rings_give_view_and_elevation():
     class Fake:
         size, ring = 32, 8
-        meta = [dict(name='a', sha='1', elevation=4.), dict(name='b', sha='2', elevation=-3.)]
+        meta = [dict(name='a', family='A', sha='1', elevation=4.), dict(name='b', sha='2', elevation=-3.)] # the second of unknown family
         def __len__(self): return 2
         def get(self, i): return torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 4, 32, 32)+100*i
     src = RingPictures(Fake(), 32)
@@ -133,6 +133,7 @@ def test_rings_give_view_and_elevation():
     for i, (r, x) in enumerate(recs):
         assert r['elevation'] == Fake.meta[i % 2]['elevation'] and x[0, 0, 0] == r['picture']['view']+100*(i % 2)
     assert len({r['picture']['view'] for r, _ in recs}) > 3 and len({r['noise_seed'] for r, _ in recs}) == 20
+    assert [picture_family(r) for r, _ in recs[:4]] == ['A', 'b']*2 and list(recs[0][0]['picture']) == ['name', 'family', 'sha', 'view']
     with pytest.raises(UserError, match='32 px'): RingPictures(Fake(), 64)
 
 def test_verify(home, quads, roller, source, capsys, tmp_path):
@@ -143,6 +144,22 @@ def test_verify(home, quads, roller, source, capsys, tmp_path):
     assert 'guidance is 2.0 there, 4.0 here' in capsys.readouterr().err
     other = Roller(Teacher.load(home/'teacher.safetensors'), CFG, seed=1)
     assert any('noise_seed' in line for line in verify(Quadruples(quads), other, 1, source)[0])
+
+def test_verify_takes_records_without_a_family(roller, tmp_path, monkeypatch):
+    "Quadruples of rings did not always name the family: older ones are not wrong, another family is."
+    class Rocks:
+        size, ring = CFG.view.size, 4
+        meta = [dict(name=f'rock {i}', family='rock', sha=str(i), elevation=0.) for i in range(2)]
+        def __len__(self): return 2
+        def get(self, i): return torch.full((4, 4, self.size, self.size), 80*(i+1), dtype=torch.uint8)
+    now = RingPictures(Rocks(), CFG.view.size)
+    monkeypatch.setattr(Rocks, 'meta', [{k: v for k, v in m.items() if k != 'family'} for m in Rocks.meta]); then = RingPictures(Rocks(), CFG.view.size)
+    write_quadruples(roller, then, 2, tmp_path/'old', shard=2, quiet=True); old = Quadruples(tmp_path/'old')
+    monkeypatch.undo(); write_quadruples(roller, now, 2, tmp_path/'new', shard=2, quiet=True); new = Quadruples(tmp_path/'new')
+    assert (old.names, new.names) == (['rock 0', 'rock 1'], ['rock', 'rock']) and torch.equal(old.get(1)['oi'], new.get(1)['oi'])
+    assert verify(old, roller, 2, now)[0] == [] == verify(new, roller, 2, now)[0]
+    monkeypatch.setattr(Rocks, 'meta', [dict(m, family='moss') for m in Rocks.meta])
+    assert 'picture differ' in verify(new, roller, 2, now)[0][0]
 
 def test_bf16_is_the_same_function(roller, source):
     low = Roller(roller.teacher, CFG, precision='bf16')

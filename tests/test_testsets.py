@@ -10,7 +10,7 @@ from PIL import Image
 
 from dd3g.cameras import orbit, ring
 from dd3g.core import UserError, sha
-from dd3g.testsets import (LENS, Case, Frozen, Protocol, asked, cases_of, chosen, find_objects, freeze, listed, main, opencv_c2w, picture_cases, read_cases, read_exr, read_model,
+from dd3g.testsets import (LENS, LISTED, Case, Frozen, Protocol, asked, cases_of, chosen, find_objects, freeze, listed, listed_cases, listed_pictures, main, opencv_c2w, picture_cases, read_cases, read_exr, read_model,
                            texture_of, tone_map)
 
 P = Protocol(size=32, input_size=48, views=4)
@@ -221,6 +221,36 @@ def test_rings_are_a_test_set(tmp_path):
     with pytest.raises(UserError, match='have size 24, not 64'): asked(tmp_path/'r', Protocol(size=64))
     main(f'freeze --objects {tmp_path}/r --out {tmp_path}/r.tar --held-out .5'.split())
     assert len(Frozen(tmp_path/'r.tar').entries()) == 1
+
+def test_list_of_held_out_pictures(tmp_path, capsys):
+    from dd3g.objects import is_procedural, procedural_name, read_splits
+    rows, lists = listed_pictures(), read_splits()
+    assert len(rows) == 200 and all(r['seed'] >= 3_000_000 and r['name'] == procedural_name(r['seed']) for r in rows)
+    assert not {r['name'] for r in rows} & {*lists['validation']['procedural'], *(n for n in lists['three_d_set']['order'] if is_procedural(n))}
+    def says(match, line):
+        with pytest.raises(SystemExit): main(f'freeze --listed --out {tmp_path}/x.tar {line}'.split())
+        assert match in (err := capsys.readouterr().err) and len(err.splitlines()) == 1 and not (tmp_path/'x.tar').exists()
+    for flag in ('--azimuth 45', '--elevation 3', '--inputs 2'): says('each picture of the list has its own', flag)
+    for flag in ('--pictures', '--held-out .1', f'--names {tmp_path}/n.txt', '--layout gso', '--seed 3'): says('give one of the two', flag)
+    says('--limit -1: at least 0', '--limit -1'); says('--size 0: at least 16', '--size 0'); says('--views 0: at least 1', '--views 0'); says('no list of splits', f'--objects {tmp_path}/none.json')
+    own = dict(rule={}, training={}, validation={})
+    for i, pics in enumerate((None, [], 'all', [dict(name='car-1', seed='1', azimuth=0, elevation=0)], [dict(name='car-1', seed=1, azimuth=0)])):
+        (tmp_path/f'{i}.json').write_text(json.dumps(own | ({} if pics is None else dict(pictures=pics)))); says('lists no held-out pictures', f'--objects {tmp_path}/{i}.json')
+    with pytest.raises(UserError, match='another version of dd3g'): listed_cases([dict(rows[0], name='mug-3000000')], P)
+
+@pytest.mark.draws
+def test_held_out_pictures_are_drawn_as_listed(tmp_path):
+    from dd3g.objects import procedural, render_model
+    rows = [r for r in listed_pictures() if r['azimuth'] not in (0, 30)]; rows = [rows[0], rows[-1]]
+    (tmp_path/'own.json').write_text(json.dumps(dict(rule={}, training={}, validation={}, pictures=[rows[0]]*3+[rows[1]])))
+    main(f'freeze --listed --objects {tmp_path}/own.json --limit 2 --out {tmp_path}/f.tar --size 32 --input-size 48 --views 4'.split()) # two, evenly: the first and the last
+    assert asked(tmp_path/'f.tar', Protocol()) == P
+    back, bad = read_cases(tmp_path/'f.tar', 'auto', P)
+    assert not bad and [(c.key, g) for c, g in back] == [(r['name'], LISTED) for r in rows]
+    for (c, _), r in zip(back, rows):
+        want = render_model(procedural(r['seed']), ring(4, r['elevation'], r['azimuth']), 32)
+        assert torch.equal(c.truth, want) and c.ring and torch.allclose(c.cams.c2w, ring(4, r['elevation']).c2w, atol=1e-5) and torch.allclose(c.source.c2w, c.cams.c2w[:1])
+        assert c.rgba.shape == (4, 48, 48) and not torch.equal(c.truth[0], render_model(procedural(r['seed']), ring(4, 0., 30.), 32)[0])
 
 @pytest.mark.draws
 def test_frozen_models_are_judged_alike(tmp_path):

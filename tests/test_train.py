@@ -10,8 +10,10 @@ from dd3g.core import UserError
 from dd3g.loop import checkpoints, fit, load_into, load_weights, read_log, read_tensors, step_generator
 from dd3g.pepd import PEPD
 from dd3g.curriculum import OBJECTIVES, objective_of
-from dd3g.rollout import Quadruples, Roller, pictures_from, write_quadruples
-from dd3g.train import Joint, Subset, load_data, main, new_student, split_pictures
+from dd3g.meter import names_of
+from dd3g.objects import Rings
+from dd3g.rollout import Quadruples, RingPictures, Roller, pictures_from, write_quadruples
+from dd3g.train import Joint, Subset, held_out, load_data, main, new_student, split_pictures
 from dd3g.teacher import Teacher
 
 SMALL = ('--objects 4 --quadruples 8 --rollout-batch 8 --fit-ae.steps 2 --fit-teacher.steps 2 --fit-ae.batch 4 --fit-teacher.batch 4 '
@@ -84,6 +86,20 @@ def test_families_stay_together():
     assert sorted(rows+held) == list(range(30)) and not {names[i] for i in rows} & {names[i] for i in held} and held
     assert split_pictures(['a']*3, .5) == ([0, 1, 2], [])
     assert len(Subset([0]*30, held)) == len(held)
+
+
+def test_families_of_rings_are_held_out(run, tmp_path):
+    "Quadruples of rings are split by the family of their object: training and meter alike; older ones, which do not tell it, by name."
+    rings, T = Rings(run/'rings'), Teacher.load(run/'teacher'/'teacher.safetensors')
+    names = ['rock-2', 'rock-moss', 'tree', 'cup']
+    which = {n: names[k] for k, n in enumerate(dict.fromkeys(m['name'] for m in rings.meta))}
+    rings.meta = [dict(m, name=which[m['name']], family=which[m['name']].split('-')[0]) for m in rings.meta]
+    write_quadruples(Roller(T, replace(SCALES['tiny'], ae=T.cfg.ae, rollout_batch=8, diffusion=replace(SCALES['tiny'].diffusion, sample_steps=1))), RingPictures(rings, 32), 8, tmp_path/'q', quiet=True)
+    who  = lambda rows: {data.get(i)['record']['picture']['name'] for i in rows}
+    data = Quadruples(tmp_path/'q')
+    assert set(names_of(data)) == {'rock', 'tree', 'cup'} and [who(x) for x in held_out(data, .25)] == [{'rock-2', 'rock-moss', 'cup'}, {'tree'}]
+    data.names = [data.get(i)['record']['picture']['name'] for i in range(8)] # as an older shard's index has it
+    assert [who(x) for x in held_out(data, .25)] == [{'rock-moss', 'tree', 'cup'}, {'rock-2'}]
 
 
 @pytest.mark.parametrize('args, says', [
