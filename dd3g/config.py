@@ -122,7 +122,7 @@ class TgsConfig:
     @property
     def gaussians(self): return self.points*math.prod(self.upsample)
 
-# %% ../nbs/01_config.ipynb #9f709799
+# %% ../nbs/01_config.ipynb #ce8bbe23
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B), or a rival in its place."
@@ -132,6 +132,7 @@ class StudentConfig:
     pattern:str='pe'           # where pattern tokens come from: pe, shuffled (pe, taught with the N of another sample), constant (learned, blind to N and C), concat (NC itself), none (PD alone)
     lookup:str='none'          # who also reads the maps of Pattern Extraction where C sees it: none (Eq. 2 as in the paper), tokens (at their anchors), gaussians (at their centres)
     lookup_hidden:int=64       # width of the hidden layer with which a Gaussian understands what it read; the paper has none
+    lookup_picture:bool=False  # with lookup gaussians: each one also reads the picture where the picture's own camera sees it, and may take its colour from there (as Splatter Image and TGS do); the paper has none
     picture:str='white'        # background of the picture it is given: white; or own, the grey its quadruple was rolled out on: then useless Gaussians hide in that colour (measured in the notebook of training). The paper does not say
     fifth_frame:str='latent'   # content of PE's picture frame: latent, or noise as drawn
     pe_channels:int=320        # width inside Pattern Extraction; the paper does not say
@@ -146,7 +147,7 @@ class StudentConfig:
     taps_mu:tuple[float,...]=(.15, .7, .15)  # weights of three adjacent blocks for mu, s and q (Sec. IV-A)
     taps_color:tuple[float,...]=(.2, .8)     # weights of two adjacent blocks for c and alpha (Sec. IV-A)
     gaussians_per_token:int=512 # (Sec. IV-A)
-    scale_range:tuple[float,float]=(-9., -3.) # log of s, by a sigmoid (Sec. IV-A); mini and small: from a fifth of a pixel's width, measured in the notebook of PD
+    scale_range:tuple[float,float]=(-9., -3.) # log of s, by a sigmoid (Sec. IV-A); mini and small: from a twentieth of a pixel's width, measured in the notebook of PD
     scale_init:float=-5.3      # log of s at initialisation: so wide that an untrained body is seen and seen through; measured in the notebooks of PD and PEPD
     alpha_init:float=.1        # opacity at initialisation (TGS, TRELLIS)
     offset:float=.3            # radius of a Gaussian's offset from its token's anchor, world units (bounded by tanh)
@@ -221,7 +222,7 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #b2961c12
+# %% ../nbs/01_config.ipynb #c0b1d922
 def _tiny():
     enc  = EncoderConfig(kind='vit', size=32, patch=8, width=48, depth=2, heads=3)
     fit  = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
@@ -240,25 +241,25 @@ def _tiny():
 
 def _mini():
     enc  = EncoderConfig(kind='vit', size=64, patch=4, width=128, depth=4, heads=4)
-    fit  = FitConfig(steps=12_000, batch=64, lr=4e-4, warmup=300, cosine=True, ema=.999, precision='bf16', compile=True)
+    fit  = FitConfig(steps=12_000, batch=64, lr=8e-4, warmup=300, cosine=True, ema=.999, precision='bf16', compile=True)
     unet = TeacherConfig(channels=64, mult=(1, 2, 2), res_blocks=1, attention=(2, 1), head_dim=32, groups=16, context_dim=128, text_tokens=0,
                          image_tokens=8, resampler_depth=1, resampler_heads=4, resampler_head_dim=32, encoder=replace(enc, patch=8))
     pepd = StudentConfig(width=128, encoder=replace(enc, depth=3), pe_channels=48, pe_depth=2, pe_head_dim=16, pe_groups=16, pd_blocks=6, pd_heads=4,
-                         gaussians_per_token=26, scale_range=(-5.5, -3.), scale_init=-4., lookup='gaussians',
+                         gaussians_per_token=26, scale_range=(-7., -3.), scale_init=-4., lookup='gaussians', lookup_picture=True,
                          splatter_image=SplatterConfig(64, 48, (1, 2, 2), 2, (16,), 16, 16, scale_init=-4.2),
                          tgs=TgsConfig(replace(enc, depth=3), 128, 4, 4, 1024, (2, 4), 16, 32, 96, .0375, -4.))
     return Config(
         view=ViewConfig(size=64, offset_step=22.5), ae=AutoencoderConfig(channels=(32, 48, 64), layers=1, groups=16, scaling=1.),
         diffusion=DiffusionConfig(prediction='v', guidance=2.), teacher=unet, student=pepd,
-        loss=LossConfig(lambda_lpips=.02, lpips_net='random-vgg', opacity=.001, sds_every=4),
-        fit_ae=replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), fit_teacher=replace(fit, steps=20_000, batch=128), fit=fit,
+        loss=LossConfig(lambda_lpips=.2, lpips_net='random-vgg', opacity=.001, sds_every=4),
+        fit_ae=replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), fit_teacher=replace(fit, steps=20_000, batch=128, lr=4e-4), fit=fit,
         objects=4000, quadruples=100_000, rollout_batch=512)
 
 def _small():
     enc, m = EncoderConfig(kind='vit', size=128, patch=8, width=224, depth=5, heads=8), _mini()
     unet = replace(m.teacher, mult=(1, 2, 3), res_blocks=2, attention=(4, 2), resampler_depth=2,
                    encoder=EncoderConfig(kind='vit', size=128, patch=16, width=128, depth=4, heads=4))
-    pepd = replace(m.student, width=224, encoder=enc, pe_channels=80, pe_head_dim=20, pd_blocks=8, pd_heads=8, gaussians_per_token=64, scale_range=(-6.2, -3.), scale_init=-4.4,
+    pepd = replace(m.student, width=224, encoder=enc, pe_channels=80, pe_head_dim=20, pd_blocks=8, pd_heads=8, gaussians_per_token=64, scale_range=(-7.7, -3.), scale_init=-4.4,
                    splatter_image=SplatterConfig(128, 64, (1, 2, 2, 2), 3, (16,), 32, 16, scale_init=-4.9),
                    tgs=TgsConfig(enc, 224, 8, 4, 2048, (2, 4), 16, 48, 128, .0375, -4.4))
     return replace(m, view=ViewConfig(size=128, offset_step=22.5), ae=replace(m.ae, channels=(32, 64, 96)), teacher=unet, student=pepd,
@@ -284,7 +285,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
-# %% ../nbs/01_config.ipynb #22d0bf09
+# %% ../nbs/01_config.ipynb #ca880f25
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -316,6 +317,7 @@ def check(
     for name, n in [('student.splatter_image.blocks', s.splatter_image.blocks), *[(f'student.tgs.{k}', getattr(s.tgs, k)) for k in ('layers', 'points', 'plane', 'plane_channels', 'hidden')], *[('student.tgs.upsample', n) for n in s.tgs.upsample]]:
         if n < 1: raise UserError(f'{name}={n} must be at least 1')
     if s.backbone == 'pepd' and s.lookup != 'none' and s.pattern not in ('pe', 'shuffled'): raise UserError(f'student.lookup={s.lookup!r} reads the maps of Pattern Extraction, which student.pattern={s.pattern!r} does not have; give --student.lookup none')
+    if s.lookup_picture and (s.lookup != 'gaussians' or s.backbone != 'pepd'): raise UserError(f'student.lookup_picture needs Gaussians that look: give --student.lookup gaussians, or --student.no-lookup-picture')
     if s.lookup_hidden < 1: raise UserError(f'student.lookup_hidden={s.lookup_hidden} must be at least 1')
     if cfg.loss.sds_every < 1: raise UserError(f'loss.sds_every={cfg.loss.sds_every} must be at least 1')
     for name, f in [('fit', cfg.fit), ('fit_ae', cfg.fit_ae), ('fit_teacher', cfg.fit_teacher)]:
@@ -326,8 +328,8 @@ def check(
         if not 0 <= f.ema < 1: raise UserError(f'{name}.ema={f.ema} must be in [0, 1)')
     return cfg
 
-# %% ../nbs/01_config.ipynb #e84bd4e9
-OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, picture='own')} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
+# %% ../nbs/01_config.ipynb #098a8c5b
+OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, lookup_picture=False, picture='own')} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
 
 def to_json(
     cfg, # any of the dataclasses above

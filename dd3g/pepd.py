@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'PEPD', 'count_flops', 'summary', 'PepdArgs', 'main', 'in_bf16']
 
-# %% ../nbs/33_pepd.ipynb #443ae03b
+# %% ../nbs/33_pepd.ipynb #45800fd1
 import copy, json, re
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +14,15 @@ import torch, tyro
 from torch import nn, Tensor
 
 from .core import UserError, cli
-from .cameras import Cameras
+from .cameras import Cameras, orbit
 from .config import SCALES, Cfg, Config, parse
 from .gaussians import Gaussians
 from .layers import ImageTo3D, side_by_side
-from .pattern import PatternExtraction, Sight, noise_and_cameras
+from .pattern import PICTURE, PatternExtraction, Sight, noise_and_cameras
 from .decoding import ProgressiveDecoding
 from .teacher import ImageEncoder, LatentEncoder
 
-# %% ../nbs/33_pepd.ipynb #927958ea
+# %% ../nbs/33_pepd.ipynb #f6f8fe5a
 class PEPD(ImageTo3D):
     "The paper's generator G_theta: Pattern Extraction and Progressive Decoding (Sec. III-B, Eq. 2)."
     exact = 'pd.anchor', 'pd.spread', 'encoder.mean', 'encoder.std' # stay float32 whatever the weights are
@@ -40,6 +40,7 @@ class PEPD(ImageTo3D):
         self.pe = PatternExtraction(s, cfg.latent) if s.pattern in ('pe', 'shuffled') else None
         self.direct = nn.Linear(cfg.latent**2, s.width) if s.pattern == 'concat' else None
         self.constant = nn.Parameter(torch.randn(s.pattern_tokens, s.width)*.02) if s.pattern == 'constant' else None
+        self.skin = nn.Sequential(nn.Conv2d(3, PICTURE, 3, padding=1), nn.GELU(), nn.Conv2d(PICTURE, PICTURE, 3, padding=1)) if s.lookup_picture else None
         self.pd = ProgressiveDecoding(s, cfg.view.object_radius, cfg.view.n_views)
 
     def image_tokens(self,
@@ -72,12 +73,20 @@ class PEPD(ImageTo3D):
         tokens, latent = side_by_side(lambda: self.image_tokens(image), lambda: see(image)) # (B, T, D), (B, 4, h, w)
         if self.training and self.cfg.student.pattern == 'shuffled': noise = noise.roll(1, 0) # somebody else's
         pattern, sight = self.pattern_tokens(tokens, latent, noise, cams) # (B, P, D), maps (B, V, 20, h, w)
+        if self.skin is not None: sight = sight._replace(picture=torch.cat([image, self.skin(image).to(image)], 1), eye=self.eye(cams))
         return self.pd(torch.cat([tokens, pattern.to(tokens)], 1), sight) # (B, (T+P) K)
 
-# %% ../nbs/33_pepd.ipynb #284e2552
+    def eye(self,
+        cams:Cameras, # C: (B, V)
+    )->Cameras:       # (B, 1)
+        "The picture's own camera: azimuth 90, at C's elevation."
+        v = self.cfg.view
+        return orbit(torch.full_like(cams.elevation[:,:1], 90.), cams.elevation[:,:1], v.radius, v.fov)
+
+# %% ../nbs/33_pepd.ipynb #9657fe29
 PARTS = {'image encoder':r'encoder', 'latent encoder':r'latent_encoder', 'PE: convolutions':r'pe\.(conv_in|res\.\d+|conv_out|to_token)|direct', 'PE: attention':r'pe\.attn\.\d+',
          'PD: full attention':r'pd\.blocks\.\d+\.full', 'PD: vector attention':r'pd\.blocks\.\d+\.near', 'PD: feed-forward':r'pd\.blocks\.\d+\.ff',
-         'lookup':r'pd\.at_(tokens|gaussians)', 'heads: mu':r'pd\.to_(anchor|mu)', 'heads: s, q':r'pd\.to_shape', 'heads: c, alpha':r'pd\.to_color'} # name -> modules
+         'lookup':r'pd\.at_(tokens|gaussians)|skin', 'heads: mu':r'pd\.to_(anchor|mu)', 'heads: s, q':r'pd\.to_shape', 'heads: c, alpha':r'pd\.to_color'} # name -> modules
 
 def count_flops(
     model:nn.Module, # on the meta device

@@ -231,7 +231,7 @@ def teach_unet(
     fit(task, teacher_loss(cfg), TensorData(rgba=rgba, elevation=elevation), cfg.fit_teacher, out, 'unet', on_grid, config=config, device=dev, quiet=quiet, force=force)
     return teacher.eval().requires_grad_(False)
 
-# %% ../nbs/23_teach.ipynb #5caaae96
+# %% ../nbs/23_teach.ipynb #fead3472
 STEERS = ('kl_weight', 'scaling', 'canonical', 'drop_condition', 'min_snr', 'steps_offset', 'sample_steps', 'guidance', 'elevation', 'azimuth', 'offset_step', 'fixed_cameras', 'ring') # values that leave the network's meaning alone
 
 def begin_from(
@@ -240,7 +240,8 @@ def begin_from(
 ): # the teacher in that file; the configuration with its autoencoder's
     "Read where a warm restart begins. Raises UserError if the file holds another network."
     T, plain = Teacher.load(path), dataclasses.asdict
-    odd = {f'{part}.{k}': v for part in ('view', 'ae', 'diffusion', 'teacher') for k, v in differences(plain(getattr(T.cfg, part)), plain(getattr(cfg, part)), STEERS).items()}
+    free = dict(view=(*STEERS, 'size')) # no weight knows the size of a picture
+    odd = {f'{part}.{k}': v for part in ('view', 'ae', 'diffusion', 'teacher') for k, v in differences(plain(getattr(T.cfg, part)), plain(getattr(cfg, part)), free.get(part, STEERS)).items()}
     if odd: raise UserError(f'{path}: made for another configuration: '+', '.join(f'{k} is {a} there and {b} here' for k, (a, b) in list(odd.items())[:3])+'; use its --scale and values, or train without --start')
     return T, replace(cfg, ae=T.cfg.ae)
 

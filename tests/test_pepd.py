@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dd3g.cameras import four_views, ring
+from dd3g.cameras import four_views, ring, view_cameras
 from dd3g.config import OLDER, SCALES, Config, EncoderConfig, StudentConfig, check, from_dict, to_json
 from dd3g.core import UserError, seeded_randn
 from dd3g.decoding import ProgressiveDecoding, spread
 from dd3g.layers import Near, PointBlock, VectorAttention, compile_blocks, neighbours
-from dd3g.pattern import GaussianLookup, Sight, TokenLookup, look_up, noise_and_cameras, project
+from dd3g.pattern import PICTURE, GaussianLookup, Sight, TokenLookup, color_logit, look_up, noise_and_cameras, project
 from dd3g.pepd import PEPD, count_flops, in_bf16, main, summary
 from dd3g.render import render
 from dd3g.teacher import ImageEncoder
@@ -53,7 +53,7 @@ def test_summary_program(capsys):
 
 @pytest.mark.parametrize('scale', ['tiny', 'mini', 'paper'])
 def test_untrained_body_is_soft_centred_and_grey(scale):
-    c = replace(SCALES[scale].student, lookup='none')
+    c = replace(SCALES[scale].student, lookup='none', lookup_picture=False)
     torch.manual_seed(1)
     with torch.no_grad(): g = ProgressiveDecoding(replace(c, pd_blocks=5))(torch.randn(1, c.tokens, c.width))[0] # new blocks are the identity: their number changes nothing
     v, at = render(g, ring(4), 64, 1.), torch.linspace(-1, 1, 64)
@@ -191,13 +191,14 @@ def test_without_lookup_nothing_changed():
 
 def test_older_files_mean_no_lookup():
     d = json.loads(to_json(SCALES['mini']))
-    assert d['student']['lookup'] == 'gaussians' and {'lookup', 'lookup_hidden'} <= set(OLDER[StudentConfig])
-    for k in ('lookup', 'lookup_hidden'): del d['student'][k]
+    assert d['student']['lookup'] == 'gaussians' and {'lookup', 'lookup_hidden', 'lookup_picture', 'picture'} <= set(OLDER[StudentConfig])
+    for k in ('lookup', 'lookup_hidden', 'lookup_picture', 'picture'): del d['student'][k]
     old = from_dict(Config, d)
     assert old.student.lookup == 'none' and 'lookup' not in [p['part'] for p in summary(old)['parts']]
 
 def test_lookup_is_counted():
-    row = next(p for p in summary(SCALES['mini'])['parts'] if p['part'] == 'lookup')
+    c = SCALES['mini']; c = replace(c, student=replace(c.student, lookup_picture=False))
+    row = next(p for p in summary(c)['parts'] if p['part'] == 'lookup')
     s = SCALES['mini'].student
     assert row['parameters'] == (21*4+3)*s.lookup_hidden+s.lookup_hidden + s.width*s.lookup_hidden + 7*s.lookup_hidden+7
     assert row['flops'] == 2*s.lookup_hidden*(s.gaussians*(21*4+3+7)+s.tokens*s.width)
@@ -220,3 +221,39 @@ def test_noise_is_shuffled_in_training_only():
     assert same(net(image, noise, cams), shaken()(image, noise, cams)) # the weights of `pe`, and in use its Gaussians
     assert same(net.train()(image, noise, cams), net.eval()(image, noise[[2, 0, 1]], cams))
     assert not same(net.train()(image, noise, cams), net.eval()(image, noise, cams))
+
+def looker():
+    "A shaken tiny student that looks at the picture, and its inputs."
+    net, x = shaken(student(lookup='gaussians', lookup_picture=True)).eval(), inputs(TINY)
+    return net, x
+
+def test_a_pixel_is_read_in_its_line_of_sight():
+    "White but for one dot: those Gaussians change colour more than a token's worth that the picture's camera sees at the dot."
+    net, (_, N, C) = looker()
+    sight = lambda p: Sight(torch.zeros(1, 4, 20, 8, 8), C[:1], torch.cat([p, torch.zeros(1, PICTURE, 32, 32)], 1), net.eye(C[:1]))
+    mu, h, pic = torch.rand(1, 4, 500, 3)*.8-.4, torch.randn(1, 4, TINY.student.width), torch.ones(1, 3, 32, 32)
+    dot = pic.clone(); dot[..., 10, 20] = 0.
+    with torch.no_grad(): a, b = (net.pd.at_gaussians(mu, h, sight(p))[1] for p in (pic, dot))
+    uv, _ = project(mu.flatten(1, 2), net.eye(C[:1]))
+    off = ((uv[0, 0]+1)*16-torch.tensor([20.5, 10.5])).abs().amax(-1)
+    change = (a-b).norm(dim=-1).flatten()
+    assert (change[off > 1] == 0).all() and (change[off < .8] > 0).all() and (off < .8).any()
+
+def test_the_pictures_eye_does_not_follow_the_cameras():
+    net, _ = looker()
+    e = net.eye(view_cameras(TINY.view, torch.tensor([0., 135.]), torch.tensor([4., -3.])))
+    assert torch.allclose(e.azimuth, torch.full((2, 1), 90.), atol=1e-3) and torch.allclose(e.elevation, torch.tensor([[4.], [-3.]]), atol=1e-3)
+
+def test_looking_at_the_picture_trains_and_is_refused_without_a_lookup():
+    net, x = looker()
+    g = net.requires_grad_().train()(*x)
+    (g.color.square().sum()+g.mu.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [*net.skin.parameters(), *net.pd.at_gaussians.parameters()])
+    with pytest.raises(UserError, match='lookup_picture'): check(student(lookup='none', lookup_picture=True))
+    row = [next(p for p in summary(student(lookup='gaussians', lookup_picture=k))['parts'] if p['part'] == 'lookup')['parameters'] for k in (False, True)]
+    c = TINY.student
+    assert row[1]-row[0] == (4+PICTURE)*c.lookup_hidden + c.lookup_hidden+1 + 3*9*PICTURE+PICTURE + PICTURE*9*PICTURE+PICTURE
+
+def test_color_logit_is_the_sigmoids_inverse():
+    x = torch.rand(100)*.98+.01
+    assert torch.allclose(color_logit(x).sigmoid(), x, atol=1e-6) and color_logit(torch.tensor([0., 1.])).isfinite().all()

@@ -31,7 +31,7 @@ def test_every_run_has_a_name_of_its_own_and_a_sound_configuration(scale):
         c = R.config_of(r, cfg)
         assert r.set in R.SETS and c.fit.seed == r.seed and c.fit.steps == r.steps and not any(x in r.name for x in '/ "\'%')
     tables = {t: {r.row for r in runs if r.table == t} for t in ('II', 'III', 'IV', 'wrong')}
-    assert tables == dict(II={'a', 'b', 'c', "c'", 'c"', 'd', 'd+lookup'}, III={'explicit', 'implicit', 'joint'}, IV={'n rendered', 'n synthetic', 'n/2 + n', 'n + 2n'}, wrong=set(R.WRONG))
+    assert tables == dict(II={'a', 'b', 'c', "c'", 'c"', 'd', 'd+lookup', 'd+picture'}, III={'explicit', 'implicit', 'joint'}, IV={'n rendered', 'n synthetic', 'n/2 + n', 'n + 2n'}, wrong=set(R.WRONG))
     budgets = {(r.table, r.steps) for r in runs if r.table != 'main'}
     assert len({s for _, s in budgets}) == 1, 'all tables have one budget'
 
@@ -40,6 +40,7 @@ def test_runs_differ_in_what_their_row_says():
     assert [of[k].student.backbone for k in 'abc'] == ['tgs', 'splatter_image', 'pepd']
     assert [of[k].student.pattern for k in ('c', "c'", 'c"', 'd')] == ['none', 'constant', 'shuffled', 'pe']
     assert of['d'].student.lookup == 'none' != of['d+lookup'].student.lookup
+    assert [of[k].student.lookup_picture for k in ('d', 'd+lookup', 'd+picture')] == [False, False, True]
     assert not any(c.loss.implicit for c in of.values())
 
 def test_parts_are_nested_and_the_same_in_any_order():
@@ -131,7 +132,7 @@ def world(tmp_path_factory): # rings, teacher, quadruples, tests
 @pytest.mark.draws
 def test_a_whole_reproduction(world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(R, 'RECORDS', tmp_path/'records')
-    ask = '--runs', 'II-c-*', 'II-d+*', '--record'
+    ask = '--runs', 'II-c-*', 'II-d+lookup-*', '--record'
     program(world, *ask)
     assert '2 of 2 runs are done' in capsys.readouterr().out
     lines = (tmp_path/'records'/'reproduce.jsonl').read_text().splitlines()
@@ -147,6 +148,27 @@ def test_a_whole_reproduction(world, monkeypatch, tmp_path, capsys):
     program(world, *ask)
     again = (tmp_path/'records'/'reproduce.jsonl').read_text().splitlines()
     assert [l for l in again if '"kind": "figure"' not in l] == [l for l in lines if '"kind": "figure"' not in l], 'nothing is recorded twice'
+
+@pytest.mark.draws
+def test_pools_begun_at_once_are_the_same_pools(world, monkeypatch, tmp_path):
+    "Two GPUs, acted by this process: both share the teacher's pools, a third job makes true views and packs them itself."
+    out, began = tmp_path/'two', []
+    for k in ('rings', 'teacher'): shutil.copytree(world/k, out/k)
+    class Now:
+        def __init__(self, folder, gpu=None, share=1, **env):
+            began.append((folder.name, gpu, env.get('RANK')))
+            with monkeypatch.context() as m:
+                for k, v in env.items(): m.setenv(k, v)
+                R.worker(folder)
+        def wait(self): return 0
+        def poll(self): return 0
+    monkeypatch.setattr(R, 'gpus', lambda: ['0', '1']); monkeypatch.setattr(R, 'start', Now)
+    program(out, '--only', 'quadruples', '--runs', 'premise-true-5-s0', few=[x for x in FEW if x != '--core'])
+    assert began == [(p, g, g) for p in ('rendered', 'synthetic') for g in '01']+[('true-5', None, None)]
+    one, two = (R.told_of(o, 'n + 2n') for o in (world, out))
+    assert {k: one[k] for k in ('hash', 'views', 'n')} == {k: two[k] for k in ('hash', 'views', 'n')} and R.told_of(out, 'true 5 %')['n'] == 4
+    program(out, '--only', 'quadruples', '--runs', 'premise-true-5-s0', few=[x for x in FEW if x != '--core'])
+    assert len(began) == 5, 'nothing is made twice'
 
 @pytest.mark.draws
 def test_killed_and_continued(world):
