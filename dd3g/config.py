@@ -122,7 +122,7 @@ class TgsConfig:
     @property
     def gaussians(self): return self.points*math.prod(self.upsample)
 
-# %% ../nbs/01_config.ipynb #ce8bbe23
+# %% ../nbs/01_config.ipynb #9f75adca
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B), or a rival in its place."
@@ -132,7 +132,7 @@ class StudentConfig:
     pattern:str='pe'           # where pattern tokens come from: pe, shuffled (pe, taught with the N of another sample), constant (learned, blind to N and C), concat (NC itself), none (PD alone)
     lookup:str='none'          # who also reads the maps of Pattern Extraction where C sees it: none (Eq. 2 as in the paper), tokens (at their anchors), gaussians (at their centres)
     lookup_hidden:int=64       # width of the hidden layer with which a Gaussian understands what it read; the paper has none
-    lookup_picture:bool=False  # with lookup gaussians: each one also reads the picture where the picture's own camera sees it, and may take its colour from there (as Splatter Image and TGS do); the paper has none
+    lookup_picture:bool=False  # with lookup gaussians: each one also reads the picture where the picture's own camera sees it, may take its colour from there and change its size; Splatter Image and TGS see pixels, too; the paper's PEPD does not
     picture:str='white'        # background of the picture it is given: white; or own, the grey its quadruple was rolled out on: then useless Gaussians hide in that colour (measured in the notebook of training). The paper does not say
     fifth_frame:str='latent'   # content of PE's picture frame: latent, or noise as drawn
     pe_channels:int=320        # width inside Pattern Extraction; the paper does not say

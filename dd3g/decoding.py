@@ -73,7 +73,7 @@ def logit(
     "Inverse of the sigmoid."
     return math.log(p/(1-p))
 
-# %% ../nbs/32_decoding.ipynb #73ea9c5f
+# %% ../nbs/32_decoding.ipynb #c50b6af2
 class ProgressiveDecoding(nn.Module):
     "Phase two of PEPD, p_2 of Eq. 2: tokens to Gaussians."
     def __init__(self,
@@ -114,7 +114,7 @@ class ProgressiveDecoding(nn.Module):
         sight:Sight=None, # what a lookup reads
     )->Gaussians:         # world frame: (B, T*K)
         assert self.cfg.lookup == 'none' or sight is not None, 'a lookup needs maps to look at'
-        x,seen,raw,read = x + self.embed,{},{},0.
+        x,seen,raw,read,size = x + self.embed,{},{},0.,0.
         if self.at_tokens is not None: x = x + self.at_tokens(self.anchor[None], sight)  # (B, T, D)
         near = neighbours(self.anchor.float()[None], self.cfg.pd_k)                      # (1, T, k): all objects share their anchors
         for i,block in enumerate(self.blocks):
@@ -126,9 +126,9 @@ class ProgressiveDecoding(nn.Module):
                     raw['mu'],pos = self.centres(h)                                      # (B, T, K, 3), (B, T, 3)
                     near = neighbours(pos, self.cfg.pd_k)                                # (B, T, k): now each has its own
                     if self.at_gaussians is not None:
-                        move,read = self.at_gaussians(raw['mu'], h, sight)               # (B, T, K, 3), (B, T, K, 4)
+                        move,read,size = self.at_gaussians(raw['mu'], h, sight)          # (B, T, K, 3), (B, T, K, 4), (B, T, K, 3) or 0
                         raw['mu'] = raw['mu'] + move
                 else: raw[name] = getattr(self, f'to_{name}')(h).float().unflatten(-1, (self.cfg.gaussians_per_token, -1)) # (B, T, K, 7 or 4)
         s,q,c,a = *raw['shape'].split([3, 4], -1),*(raw['color']+read).split([3, 1], -1)        # (B, T, K, ·)
         flat = lambda t: t.flatten(1, 2)                                                 # (B, T*K, ·)
-        return Gaussians.from_raw(flat(raw['mu']), flat(s), flat(q), flat(c), flat(a)[...,0], self.cfg.scale_range)
+        return Gaussians.from_raw(flat(raw['mu']), flat(s+size), flat(q), flat(c), flat(a)[...,0], self.cfg.scale_range)

@@ -136,7 +136,7 @@ def color_logit(
     x = x.clamp(.01, .99)
     return (x/(1-x)).log()
 
-# %% ../nbs/31_pattern.ipynb #f0ff784d
+# %% ../nbs/31_pattern.ipynb #893a695a
 class GaussianLookup(nn.Module):
     "What Gaussians read where their centres are seen, and what they make of it."
     reach = .1 # world units (five pixels at 64): how far it may move a Gaussian
@@ -148,17 +148,19 @@ class GaussianLookup(nn.Module):
         self.picture = cfg.lookup_picture
         self.read = nn.Linear(21*n_views+3+(4+PICTURE)*self.picture, cfg.lookup_hidden)
         self.who  = nn.Linear(cfg.width, cfg.lookup_hidden, bias=False) # whose Gaussian is it?
-        self.out  = nn.Linear(cfg.lookup_hidden, 7+self.picture)
+        self.out  = nn.Linear(cfg.lookup_hidden, 7+4*self.picture)
         nn.init.normal_(self.out.weight, std=.02); nn.init.zeros_(self.out.bias)
     def forward(self,
         mu:Tensor,   # centres, world frame, world units: (B, T, K, 3)
         h:Tensor,    # features of their tokens: (B, T, D)
         sight:Sight, # the maps
-    )->tuple:        # to be added: to centres (B, T, K, 3), to the logits of colour and opacity (B, T, K, 4); float32
+    )->tuple:        # to be added: to centres (B, T, K, 3), to the logits of colour and opacity (B, T, K, 4), to those of size (B, T, K, 3) or 0; float32
         at = mu.detach().flatten(1, 2)                                              # (B, T K, 3): looking does not pull at centres
         got = [look_up(at, sight), at]                                              # (B, T K, 21 V), (B, T K, 3)
         if self.picture: got.append(look_up(at, Sight(sight.picture[:,None], sight.eye), 'border')) # (B, T K, 4+PICTURE)
         x  = self.read(torch.cat(got, -1).to(self.read.weight.dtype)).unflatten(1, mu.shape[1:3]) # (B, T, K, hidden)
-        move,look,*gate = self.out(F.gelu(x + self.who(h)[:,:,None])).float().split([3, 4, 1][:2+self.picture], -1)
-        if self.picture: look = look + F.pad(gate[0].sigmoid()*color_logit(got[2][...,:3]).unflatten(1, mu.shape[1:3]), (0, 1)) # opacity stays
-        return self.reach*torch.tanh(move),look
+        move,look,*more = self.out(F.gelu(x + self.who(h)[:,:,None])).float().split([3, 4, 1, 3][:2+2*self.picture], -1)
+        if not self.picture: return self.reach*torch.tanh(move),look,0.
+        gate,size = more                                                            # (B, T, K, 1), (B, T, K, 3)
+        take = gate.sigmoid()*color_logit(got[2][...,:3]).unflatten(1, mu.shape[1:3]) # (B, T, K, 3)
+        return self.reach*torch.tanh(move),look + F.pad(take, (0, 1)),size          # opacity takes nothing over

@@ -252,7 +252,7 @@ def test_looking_at_the_picture_trains_and_is_refused_without_a_lookup():
     with pytest.raises(UserError, match='lookup_picture'): check(student(lookup='none', lookup_picture=True))
     row = [next(p for p in summary(student(lookup='gaussians', lookup_picture=k))['parts'] if p['part'] == 'lookup')['parameters'] for k in (False, True)]
     c = TINY.student
-    assert row[1]-row[0] == (4+PICTURE)*c.lookup_hidden + c.lookup_hidden+1 + 3*9*PICTURE+PICTURE + PICTURE*9*PICTURE+PICTURE
+    assert row[1]-row[0] == (4+PICTURE)*c.lookup_hidden + 4*(c.lookup_hidden+1) + 3*9*PICTURE+PICTURE + PICTURE*9*PICTURE+PICTURE
 
 def test_color_logit_is_the_sigmoids_inverse():
     x = torch.rand(100)*.98+.01
