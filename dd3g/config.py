@@ -285,7 +285,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
-# %% ../nbs/01_config.ipynb #ca880f25
+# %% ../nbs/01_config.ipynb #9eb2354a
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -316,8 +316,8 @@ def check(
     if s.heads == 'progressive' and s.pd_blocks < 5: raise UserError(f'student.pd_blocks={s.pd_blocks} must be at least 5: progressive decoding reads five of them')
     for name, n in [('student.splatter_image.blocks', s.splatter_image.blocks), *[(f'student.tgs.{k}', getattr(s.tgs, k)) for k in ('layers', 'points', 'plane', 'plane_channels', 'hidden')], *[('student.tgs.upsample', n) for n in s.tgs.upsample]]:
         if n < 1: raise UserError(f'{name}={n} must be at least 1')
-    if s.backbone == 'pepd' and s.lookup != 'none' and s.pattern not in ('pe', 'shuffled'): raise UserError(f'student.lookup={s.lookup!r} reads the maps of Pattern Extraction, which student.pattern={s.pattern!r} does not have; give --student.lookup none')
-    if s.lookup_picture and (s.lookup != 'gaussians' or s.backbone != 'pepd'): raise UserError(f'student.lookup_picture needs Gaussians that look: give --student.lookup gaussians, or --student.no-lookup-picture')
+    if s.backbone == 'pepd' and s.lookup != 'none' and s.pattern not in ('pe', 'shuffled'): raise UserError(f'student.lookup={s.lookup!r} reads the maps of Pattern Extraction, which student.pattern={s.pattern!r} does not have; give --student.lookup none{" --student.no-lookup-picture" if s.lookup_picture else ""}')
+    if s.backbone == 'pepd' and s.lookup_picture and s.lookup != 'gaussians': raise UserError('student.lookup_picture needs Gaussians that look: give --student.lookup gaussians, or --student.no-lookup-picture')
     if s.lookup_hidden < 1: raise UserError(f'student.lookup_hidden={s.lookup_hidden} must be at least 1')
     if cfg.loss.sds_every < 1: raise UserError(f'loss.sds_every={cfg.loss.sds_every} must be at least 1')
     for name, f in [('fit', cfg.fit), ('fit_ae', cfg.fit_ae), ('fit_teacher', cfg.fit_teacher)]:
