@@ -479,7 +479,7 @@ def tail(
     said = [l.strip() for l in log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').splitlines() if l.strip()] if log.exists() else []
     return f'{said[-1].removeprefix("dd3g: ") if said else "it said nothing"} (all of it: {log})'
 
-# %% ../nbs/81_reproduce.ipynb #81a50006
+# %% ../nbs/81_reproduce.ipynb #6af8b71d
 def rollers(
     a:ReproduceArgs,
     todo:dict, # pool -> its file
@@ -487,9 +487,9 @@ def rollers(
     "Begin all pools at once."
     cards, out = gpus(), {}
     for pool, path in todo.items() if cards else ():
-        at, true = path.with_suffix(''), pool.startswith('true')
-        describe(at, a, pool=pool, alone=true)
-        out[pool] = [start(at, None, 4)] if true else [start(at, g, 2*len(cards), RANK=str(i), WORLD_SIZE=str(len(cards))) for i, g in enumerate(cards)]
+        at, places = path.with_suffix(''), [None] if pool.startswith('true') else cards
+        describe(at, a, pool=pool, alone=len(places) == 1)
+        out[pool] = [start(at, g, 2*len(cards), RANK=str(i), WORLD_SIZE=str(len(places))) for i, g in enumerate(places)]
     return out
 
 def pack_pool(
@@ -500,7 +500,7 @@ def pack_pool(
     path, family = pool_path(a.out, pool), {m['name']: m['family'] for part in world_of(a) for m in part.meta}
     return len(pack(path.with_suffix(''), path, lambda name: family.get(name, name))['sha'])
 
-# %% ../nbs/81_reproduce.ipynb #5e6a00fb
+# %% ../nbs/81_reproduce.ipynb #85f2bbec
 def make_pools(
     a:ReproduceArgs,
 ):
@@ -515,7 +515,7 @@ def make_pools(
             def make():
                 if pool not in work: roll_pool(a, pool, at)
                 elif any([p.wait() for p in work[pool]]): raise UserError(f'{at}: rolling out failed: {tail(at)}')
-                packed = pool in work and pool.startswith('true')
+                packed = len(work.get(pool, ())) == 1
                 return f'{len(json.loads(path.with_suffix(".json").read_text())["sha"]) if packed else pack_pool(a, pool)} quadruples'
             stage(f'quadruples, {pool}', at, key_of(T.fingerprint(), c.view, c.diffusion, c.quadruples, c.rollout_batch, [p.name for p in ring_folders(a)], c.objects), make)
     finally:

@@ -111,7 +111,7 @@ class ShardPictures(FolderPictures):
         data = read_span(tar, at, n)
         return decoded(data, name, self.size), sha(data)
 
-# %% ../nbs/22_rollout.ipynb #a24e9767
+# %% ../nbs/22_rollout.ipynb #64bb53bf
 class RingPictures:
     "Views of ring shards: use k of a ring takes a view drawn by seed."
     def __init__(
@@ -126,7 +126,7 @@ class RingPictures:
     def ring(self, i): # (ring, 4, S, S) uint8
         if i in self.kept: return self.kept[i]
         x = self.rings.get(i)
-        if len(self)*x.numel() < BUDGET: self.kept[i] = x
+        if len(self.rings)*x.numel() < BUDGET: self.kept[i] = x # all of them would fit
         return x
     def get(self, i, k, seed): # -> uint8 (4, S, S), {name, family, sha, view}, elevation
         x, m = self.ring(i), self.rings.meta[i]

@@ -164,7 +164,7 @@ def test_pools_begun_at_once_are_the_same_pools(world, monkeypatch, tmp_path):
         def poll(self): return 0
     monkeypatch.setattr(R, 'gpus', lambda: ['0', '1']); monkeypatch.setattr(R, 'start', Now)
     program(out, '--only', 'quadruples', '--runs', 'premise-true-5-s0', few=[x for x in FEW if x != '--core'])
-    assert began == [(p, g, g) for p in ('rendered', 'synthetic') for g in '01']+[('true-5', None, None)]
+    assert began == [(p, g, g) for p in ('rendered', 'synthetic') for g in '01']+[('true-5', None, '0')]
     one, two = (R.told_of(o, 'n + 2n') for o in (world, out))
     assert {k: one[k] for k in ('hash', 'views', 'n')} == {k: two[k] for k in ('hash', 'views', 'n')} and R.told_of(out, 'true 5 %')['n'] == 4
     program(out, '--only', 'quadruples', '--runs', 'premise-true-5-s0', few=[x for x in FEW if x != '--core'])
