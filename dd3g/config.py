@@ -15,7 +15,7 @@ import tyro
 
 from .core import UserError, sha
 
-# %% ../nbs/01_config.ipynb #1932f7e7
+# %% ../nbs/01_config.ipynb #a827dc83
 @dataclass(frozen=True)
 class ViewConfig:
     "Pictures and cameras."
@@ -30,8 +30,6 @@ class ViewConfig:
     offset_step:float=0.       # the azimuth offset of C is drawn in multiples of this, degrees; 0: any angle
     fixed_cameras:bool=False   # ablation: C is always the canonical four views (offset 0, elevation 0)
     ring:int=16                # azimuths at which a training object is drawn; input views and targets are chosen among them
-    @property
-    def seen_radius(self): return self.radius*math.sin(math.radians(self.fov/2)) # of the largest ball that every camera sees whole, world units
 
 # %% ../nbs/01_config.ipynb #bc1e7d1f
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class TgsConfig:
     @property
     def gaussians(self): return self.points*math.prod(self.upsample)
 
-# %% ../nbs/01_config.ipynb #7e1f5880
+# %% ../nbs/01_config.ipynb #9f75adca
 @dataclass(frozen=True)
 class StudentConfig:
     "PEPD (Sec. III-B), or a rival in its place."
@@ -136,7 +134,6 @@ class StudentConfig:
     lookup_hidden:int=64       # width of the hidden layer with which a Gaussian understands what it read; the paper has none
     lookup_picture:bool=False  # with lookup gaussians: each one also reads the picture where the picture's own camera sees it, may take its colour from there and change its size; Splatter Image and TGS see pixels, too; the paper's PEPD does not
     picture:str='white'        # background of the picture it is given: white; or own, the grey its quadruple was rolled out on: then useless Gaussians hide in that colour (measured in the notebook of training). The paper does not say
-    ball:float=1.              # centres of Gaussians stay inside a ball, in parts of the largest that every camera sees whole; 0: anywhere, and useless ones hide where no camera of L_ES looks (measured in the notebook of PD). The paper does not say
     fifth_frame:str='latent'   # content of PE's picture frame: latent, or noise as drawn
     pe_channels:int=320        # width inside Pattern Extraction; the paper does not say
     pe_depth:int=4             # [ResBlock, SpatialTransformer3D] pairs; the paper does not say
@@ -288,7 +285,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
-# %% ../nbs/01_config.ipynb #af1d04eb
+# %% ../nbs/01_config.ipynb #9eb2354a
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -321,7 +318,6 @@ def check(
         if n < 1: raise UserError(f'{name}={n} must be at least 1')
     if s.backbone == 'pepd' and s.lookup != 'none' and s.pattern not in ('pe', 'shuffled'): raise UserError(f'student.lookup={s.lookup!r} reads the maps of Pattern Extraction, which student.pattern={s.pattern!r} does not have; give --student.lookup none{" --student.no-lookup-picture" if s.lookup_picture else ""}')
     if s.backbone == 'pepd' and s.lookup_picture and s.lookup != 'gaussians': raise UserError('student.lookup_picture needs Gaussians that look: give --student.lookup gaussians, or --student.no-lookup-picture')
-    if not 0 <= s.ball < math.inf: raise UserError(f'student.ball={s.ball} must be at least 0: parts of the ball that all cameras see')
     if s.lookup_hidden < 1: raise UserError(f'student.lookup_hidden={s.lookup_hidden} must be at least 1')
     if cfg.loss.sds_every < 1: raise UserError(f'loss.sds_every={cfg.loss.sds_every} must be at least 1')
     for name, f in [('fit', cfg.fit), ('fit_ae', cfg.fit_ae), ('fit_teacher', cfg.fit_teacher)]:
@@ -332,8 +328,8 @@ def check(
         if not 0 <= f.ema < 1: raise UserError(f'{name}.ema={f.ema} must be in [0, 1)')
     return cfg
 
-# %% ../nbs/01_config.ipynb #47080536
-OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, lookup_picture=False, picture='own', ball=0.)} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
+# %% ../nbs/01_config.ipynb #098a8c5b
+OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, lookup_picture=False, picture='own')} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
 
 def to_json(
     cfg, # any of the dataclasses above

@@ -6,7 +6,7 @@
 __all__ = ['read_at', 'LiftConfig', 'hull', 'begin', 'made', 'guess_cover', 'lift', 'of_true_views', 'of_lifted_teacher',
            'lift_views', 'LiftArgs', 'folders_of_views', 'read_views', 'save_fit', 'from_teacher', 'run', 'main']
 
-# %% ../nbs/55_lift.ipynb #b59e3f52
+# %% ../nbs/55_lift.ipynb #a2cd4612
 import math, sys, typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from .teacher import Teacher
 from .rollout import FolderPictures, ready
 from .splats import Splats
 from .testsets import shrink
-from .evaluate import Contestant, in_batches, student_inputs, teacher_views
+from .evaluate import Contestant, framed, in_batches, student_inputs, teacher_views
 
 # %% ../nbs/55_lift.ipynb #365f0722
 def read_at(
@@ -141,7 +141,7 @@ def lift(
         opt.zero_grad(); error.mean((1, 2, 3, 4)).sum().backward(); opt.step(); slow.step() # a sum over objects: each is its own problem
     with torch.no_grad(): return made(raw, cfg).detach()
 
-# %% ../nbs/55_lift.ipynb #a07fef92
+# %% ../nbs/55_lift.ipynb #aea33522
 def of_true_views(
     cfg:LiftConfig=LiftConfig(),
     label:str='true views lifted', # its name in tables
@@ -157,7 +157,7 @@ def of_true_views(
             for part in torch.tensor([i for i, c in enumerate(cases) if c.truth is not None and c.truth.shape == shape]).split(batch):
                 x = torch.stack([cases[i].truth for i in part]).to(dev).float()/255
                 g = lift(x[:, :, :3]*x[:, :, 3:]+1-x[:, :, 3:], Cameras(torch.stack([cases[i].cams.c2w for i in part]).to(dev), cases[part[0]].cams.fov), x[:, :, 3:], cfg)
-                for k, i in enumerate(part.tolist()): out[i] = [Splats(g[k])]
+                for k, i in enumerate(part.tolist()): out[i] = [Splats(g[k], placed=True)]
         return out
     return in_batches(Contestant(label, dict(kind='lifted', of='true views', gaussians=cfg.gaussians, steps=cfg.steps), None), many)
 
@@ -179,7 +179,7 @@ def of_lifted_teacher(
         e    = torch.tensor([x for _, x, _ in put]).repeat_interleave(samples)
         rgb  = teacher_views(fast, rgba, e, list(range(seed, seed+samples))*len(cases), guidance, steps)
         g    = lift_views(rgb, e, view, replace(cfg, radius=view.object_radius), batch)
-        return [[Splats(g[i*samples+k]).transform(R) for k in range(samples)] for i, (_, _, R) in enumerate(put)]
+        return [[Splats(g[i*samples+k], placed=framed(c, view)).transform(R) for k in range(samples)] for i, (c, (_, _, R)) in enumerate(zip(cases, put))]
     return in_batches(Contestant(label, dict(kind='lifted', of='teacher', fingerprint=teacher.fingerprint(), samples=samples, seed=seed, gaussians=cfg.gaussians, steps=cfg.steps), None), many)
 
 def lift_views(

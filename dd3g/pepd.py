@@ -22,7 +22,7 @@ from .pattern import PICTURE, PatternExtraction, Sight, noise_and_cameras
 from .decoding import ProgressiveDecoding
 from .teacher import ImageEncoder, LatentEncoder
 
-# %% ../nbs/33_pepd.ipynb #117fda31
+# %% ../nbs/33_pepd.ipynb #f6f8fe5a
 class PEPD(ImageTo3D):
     "The paper's generator G_theta: Pattern Extraction and Progressive Decoding (Sec. III-B, Eq. 2)."
     exact = 'pd.anchor', 'pd.spread', 'encoder.mean', 'encoder.std' # stay float32 whatever the weights are
@@ -41,7 +41,7 @@ class PEPD(ImageTo3D):
         self.direct = nn.Linear(cfg.latent**2, s.width) if s.pattern == 'concat' else None
         self.constant = nn.Parameter(torch.randn(s.pattern_tokens, s.width)*.02) if s.pattern == 'constant' else None
         self.skin = nn.Sequential(nn.Conv2d(3, PICTURE, 3, padding=1), nn.GELU(), nn.Conv2d(PICTURE, PICTURE, 3, padding=1)) if s.lookup_picture else None
-        self.pd = ProgressiveDecoding(s, cfg.view.object_radius, cfg.view.n_views, s.ball*cfg.view.seen_radius or None)
+        self.pd = ProgressiveDecoding(s, cfg.view.object_radius, cfg.view.n_views)
 
     def image_tokens(self,
         image:Tensor, # 0..1: (B, 3, S, S)

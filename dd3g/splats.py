@@ -51,7 +51,7 @@ def harmonics(
         [-c*y*(3*xx-yy), e*x*y*z, -f*y*(4*zz-xx-yy), math.sqrt(7/(16*math.pi))*z*(2*zz-3*xx-3*yy), -f*x*(4*zz-xx-yy), e/2*z*(xx-yy), -c*x*(xx-3*yy)]]
     return torch.stack([h for band in bands[:degree+1] for h in band], -1)
 
-# %% ../nbs/17_splats.ipynb #d109325a
+# %% ../nbs/17_splats.ipynb #f227e8df
 @dataclass
 class Splats:
     "Somebody's Gaussians in our world."
@@ -60,6 +60,7 @@ class Splats:
     turn:Tensor=None   # rotation, file's axes to the world: (3, 3)
     convention:str='dd3g' # whose habits the file follows
     notes:tuple=()     # what a reader should know, one line each
+    placed:bool=False  # whether size and place are the input's already: then no judge moves them
     @property
     def degree(self): return 0 if self.sh is None else round(math.sqrt(self.sh.shape[1]+1))-1
     def transform(self,

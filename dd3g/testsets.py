@@ -30,7 +30,7 @@ from .objects import SUFFIXES, Rings, load_model, procedural, read_splits, rende
 from .rollout import pictures_from
 from .teach import evenly
 
-# %% ../nbs/51_testsets.ipynb #b129fed6
+# %% ../nbs/51_testsets.ipynb #dee563d8
 @dataclass(frozen=True)
 class Protocol:
     "What is asked of a method. Two numbers compare only under one hash."
@@ -50,7 +50,7 @@ class Protocol:
     background:float=1.     # grey behind everything
     lpips_every:int=3       # perceptual distances are taken of every third view: their networks cost more than all else
     ssim:str='torchmetrics, Gaussian window 11 px, sigma 1.5'
-    version:int=1           # raised when the same fields begin to mean something else
+    version:int=2           # raised when the same fields begin to mean something else; 2: whoever stands in the input's frame is not moved
     @property
     def hash(self): return config_hash(self)
 
@@ -180,7 +180,7 @@ def freeze(
         for n, d in files.items(): info = tarfile.TarInfo(n); info.size = len(d); tar.addfile(info, io.BytesIO(d))
     return index
 
-# %% ../nbs/51_testsets.ipynb #1781df16
+# %% ../nbs/51_testsets.ipynb #d0ca8718
 def is_frozen(
     path, # anything
 )->bool:
@@ -202,7 +202,7 @@ class Frozen:
         except UserError: raise UserError(f'{self.path}: no frozen test set (no {INDEX}); make one with python -m dd3g.testsets freeze') from None
         except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as e: raise UserError(f'{self.path}: damaged, or no frozen test set of dd3g; make it with python -m dd3g.testsets freeze') from None
         self.protocol = from_dict(Protocol, i['protocol'], self.path)
-        if i['version'] != 1 or self.protocol.hash != i['protocol_hash']: raise UserError(f'{self.path}: frozen by another version of dd3g (protocol {i["protocol_hash"]}, here {self.protocol.hash}); freeze it again')
+        if i['version'] != 1 or self.protocol.version != Protocol.version or self.protocol.hash != i['protocol_hash']: raise UserError(f'{self.path}: frozen by another version of dd3g (protocol {i["protocol_hash"]}, here {self.protocol.hash}); freeze it again')
     def bytes(self, name): # of one file
         try:
             if not self.at and self.path.is_dir(): return (self.path/name).read_bytes()
