@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+import dd3g.evaluate as E
 from dd3g.cameras import Cameras, orbit, ring
+from dd3g.config import ViewConfig
 from dd3g.core import UserError
 from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, habits, holm, in_ball, judge, main, moved, of_model, of_plys, of_renders, of_teacher,
                            open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, teacher_views, to_view, turn_of, views_of, weighted_span)
@@ -64,6 +66,23 @@ def test_stray_gaussian_moves_nothing(case):
     g = thing(); far = Gaussians(torch.tensor([[0., 0, 40.]]), torch.full((1, 3), .01), g.quat[:1], g.color[:1], g.alpha[:1])
     a, b = (views_of(Splats(x), case, P)[0] for x in (g, Gaussians.cat([g, far])))
     assert (a-b).abs().mean() < .01
+
+def test_what_nobody_sees_moves_nothing(case, monkeypatch):
+    g, n = thing(), 400
+    away = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))*.1+torch.tensor([0., 0, 1.4])*(1-2*(torch.arange(n) % 2))[:, None]
+    dirty = Gaussians.cat([g, Gaussians(away, torch.full((n, 3), 1e-4), g.quat[:1].expand(n, 4), g.color[:1].expand(n, 3), torch.ones(n))])
+    clean = views_of(Splats(g), case, P)[0]
+    assert (views_of(Splats(dirty), case, P)[0]-clean).abs().mean() < .006 and search(Splats(dirty).transform(turn_z(90)), case, P) == 270
+    monkeypatch.setattr(E, 'visible', lambda g: g.alpha) # the rule of protocol version 1
+    assert (views_of(Splats(dirty), case, P)[0]-clean).abs().mean() > .015
+
+def test_who_stands_in_the_frame_is_left_there(case):
+    s = Splats(thing(), placed=True).transform(None, None, 1.1)
+    assert torch.equal(place(s, case, P).g.mu, s.g.mu) and E.together([s, s]).placed and E.together([s, replace(s, placed=False)]) is None
+    marks = [judge([replace(s, placed=k)], case, P)[0]['unaligned']['psnr'] for k in (True, False)]
+    assert marks[0] < marks[1]-3 # too large, and nobody mends it
+    view = ViewConfig(size=32)
+    assert E.framed(case, view) and not E.framed(case, replace(view, radius=2.)) and not E.framed(case, replace(view, fov=40.)) and not E.framed(replace(case, ring=False), view)
 
 def test_invisible_object_is_judged_as_nothing(case):
     g = thing(); g.alpha *= 0
@@ -341,7 +360,6 @@ def test_each_set_has_its_own_mean_object():
     assert set(res) == {'all', 'a', 'b'} and res['a']['psnr']['mean'] == pytest.approx(alone['all']['psnr']['mean'], abs=1e-4) and abs(res['a']['psnr']['mean']-res['all']['psnr']['mean']) > .01
 
 def test_contestants_are_asked_in_blocks(monkeypatch):
-    import dd3g.evaluate as E
     monkeypatch.setattr(E, 'BLOCK', 2); seen = []
     who = E.in_batches(Contestant('x', {}, None), lambda cs: seen.append(len(cs)) or [[Splats(thing())] for _ in cs])
     cases = [(case_of(thing(), f'c{i}'), '') for i in range(3)]
