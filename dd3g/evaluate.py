@@ -407,7 +407,7 @@ def in_batches(
     c.prepare, c.answer = prepare, answer
     return c
 
-# %% ../nbs/52_evaluate.ipynb #e8319d2b
+# %% ../nbs/52_evaluate.ipynb #e47940b0
 def student_inputs(
     case:Case,
     cfg:Config, # view
@@ -424,6 +424,7 @@ def framed(
     "Whether the picture was taken by the camera that a student of ours takes for granted: then its answer stands where it should."
     return case.ring and abs(float(case.source.fov)-view.fov) < .1 and abs(float(case.source.positions[0].norm())-view.radius) < .01*view.radius
 
+# %% ../nbs/52_evaluate.ipynb #040e51c5
 @torch.no_grad()
 def student_answers(
     model,        # an `ImageTo3D`, on its device
