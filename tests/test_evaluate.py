@@ -1,5 +1,5 @@
 "The judge: equal marks for equal objects, nothing dropped in silence, statistics that keep their word."
-import json, math
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import dd3g.evaluate as E
-from dd3g.cameras import Cameras, orbit, ring
+from dd3g.cameras import orbit, ring
 from dd3g.config import ViewConfig
 from dd3g.core import UserError
-from dd3g.evaluate import (FLOORS, Contestant, Pictures, best_turn, box_of, by_object, contestants_of, evaluate, EvaluateArgs, extremes, floors, habits, holm, in_ball, judge, main, moved, of_model, of_plys, of_renders, of_teacher,
-                           open_reports, opaque, pairs, place, report, search, sign_flip, summary, table, teacher_views, to_view, turn_of, views_of, weighted_span)
+from dd3g.evaluate import (FLOORS, Contestant, Pictures, box_of, by_object, evaluate, floors, habits, holm, judge, main, of_model, of_plys, of_renders, of_teacher,
+                           open_reports, pairs, place, report, search, sign_flip, table, teacher_views, views_of, weighted_span)
 from dd3g.gaussians import Gaussians
 from dd3g.splats import Splats, draw, save_splats
 from dd3g.testsets import Case, Protocol, shrink, turn_z

@@ -1,5 +1,4 @@
 "Per-object fitting: the hull, batches, pictures without alpha, ceilings, the program."
-import io, contextlib
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,6 @@ from PIL import Image
 
 from dd3g.cameras import Cameras, ring
 from dd3g.config import SCALES
-from dd3g.core import UserError
 from dd3g.evaluate import judge
 from dd3g.gaussians import Gaussians
 from dd3g.lift import LiftConfig, guess_cover, hull, lift, main, of_lifted_teacher, of_true_views, read_at

@@ -1,7 +1,6 @@
 "Test sets in the layouts they are published in, with their traps."
 import json, math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
