@@ -136,7 +136,7 @@ def color_logit(
     x = x.clamp(.01, .99)
     return (x/(1-x)).log()
 
-# %% ../nbs/31_pattern.ipynb #893a695a
+# %% ../nbs/31_pattern.ipynb #a68c5e4a
 class GaussianLookup(nn.Module):
     "What Gaussians read where their centres are seen, and what they make of it."
     reach = .1 # world units (five pixels at 64): how far it may move a Gaussian
@@ -150,6 +150,7 @@ class GaussianLookup(nn.Module):
         self.who  = nn.Linear(cfg.width, cfg.lookup_hidden, bias=False) # whose Gaussian is it?
         self.out  = nn.Linear(cfg.lookup_hidden, 7+4*self.picture)
         nn.init.normal_(self.out.weight, std=.02); nn.init.zeros_(self.out.bias)
+        if self.picture: nn.init.constant_(self.out.bias[7:8], -4.) # the gate starts almost closed, at .02: half open, it paints the far side, too, and training has to undo it
     def forward(self,
         mu:Tensor,   # centres, world frame, world units: (B, T, K, 3)
         h:Tensor,    # features of their tokens: (B, T, D)
