@@ -222,7 +222,7 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #c0b1d922
+# %% ../nbs/01_config.ipynb #6abb9d1b
 def _tiny():
     enc  = EncoderConfig(kind='vit', size=32, patch=8, width=48, depth=2, heads=3)
     fit  = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
@@ -245,7 +245,7 @@ def _mini():
     unet = TeacherConfig(channels=64, mult=(1, 2, 2), res_blocks=1, attention=(2, 1), head_dim=32, groups=16, context_dim=128, text_tokens=0,
                          image_tokens=8, resampler_depth=1, resampler_heads=4, resampler_head_dim=32, encoder=replace(enc, patch=8))
     pepd = StudentConfig(width=128, encoder=replace(enc, depth=3), pe_channels=48, pe_depth=2, pe_head_dim=16, pe_groups=16, pd_blocks=6, pd_heads=4,
-                         gaussians_per_token=26, scale_range=(-7., -3.), scale_init=-4., lookup='gaussians', lookup_picture=True,
+                         gaussians_per_token=26, scale_range=(-7., -3.), scale_init=-4., lookup='gaussians',
                          splatter_image=SplatterConfig(64, 48, (1, 2, 2), 2, (16,), 16, 16, scale_init=-4.2),
                          tgs=TgsConfig(replace(enc, depth=3), 128, 4, 4, 1024, (2, 4), 16, 32, 96, .0375, -4.))
     return Config(
