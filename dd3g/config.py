@@ -160,7 +160,7 @@ class StudentConfig:
     @property
     def gaussians(self): return self.tokens*self.gaussians_per_token if self.backbone == 'pepd' else getattr(self, self.backbone).gaussians
 
-# %% ../nbs/01_config.ipynb #24bbe5b6
+# %% ../nbs/01_config.ipynb #d2831687
 @dataclass(frozen=True)
 class LossConfig:
     "Joint optimisation (Sec. III-C)."
@@ -190,6 +190,7 @@ class FitConfig:
     cosine:bool=False          # let the rate fall to zero along a cosine; the paper does not say
     betas:tuple[float,float]=(.9, .999) # Adam's
     weight_decay:float=0.      # decoupled weight decay
+    muon:float=0.              # matrices go by Muon, at this rate relative to Adam's; 0: all go by Adam, as in the paper
     clip_value:float=5.        # gradients are clipped to (-5, 5), value by value (Sec. IV-A)
     ema:float=.9999            # decay of the averaged weights; the paper uses EMA and does not say which
     accumulate:int=1           # equal parts in which an update's batch is computed, to save memory
@@ -285,7 +286,7 @@ def whole_numbers(
             *[('ae.channels', c, 'ae.groups', cfg.ae.groups) for c in cfg.ae.channels], ('view.ring', v.ring, 'view.n_views', v.n_views),
             *[(f'{n}.batch', f.batch, f'{n}.accumulate', f.accumulate) for n, f in fits]]
 
-# %% ../nbs/01_config.ipynb #9eb2354a
+# %% ../nbs/01_config.ipynb #3d50ff3e
 def check(
     cfg:Config, # any configuration
 )->Config:      # the same one
@@ -324,12 +325,14 @@ def check(
         for k in ('steps', 'batch', 'accumulate', 'save_every', 'log_every', 'grid_every', 'keep'):
             if getattr(f, k) < 1: raise UserError(f'{name}.{k}={getattr(f, k)} must be at least 1')
         if not f.lr > 0: raise UserError(f'{name}.lr={f.lr} must be above 0')
+        if not f.muon >= 0: raise UserError(f'{name}.muon={f.muon} must be at least 0')
         if f.precision not in ('fp32', 'bf16'): raise UserError(f'{name}.precision={f.precision!r} is not fp32 or bf16')
         if not 0 <= f.ema < 1: raise UserError(f'{name}.ema={f.ema} must be in [0, 1)')
     return cfg
 
-# %% ../nbs/01_config.ipynb #098a8c5b
-OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, lookup_picture=False, picture='own')} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
+# %% ../nbs/01_config.ipynb #2601c396
+OLDER = {StudentConfig: dict(backbone='pepd', splatter_image=SplatterConfig(), tgs=TgsConfig(), lookup='none', lookup_hidden=64, lookup_picture=False, picture='own'),
+         FitConfig: dict(muon=0.)} # dataclass -> its later fields and what files older than they mean; a backbone's sizes are read only where it is chosen
 
 def to_json(
     cfg, # any of the dataclasses above

@@ -118,7 +118,7 @@ def table_three(
     rows = [(o, 'steps') for o in ('explicit', 'implicit', 'joint')]+[(o, 'time') for o in ('implicit', 'joint')]
     return [Run('III', o, PAPER, objective=o, seed=s, budget=b) for o, b in rows for s in seeds]
 
-# %% ../nbs/81_reproduce.ipynb #3c0c2b1c
+# %% ../nbs/81_reproduce.ipynb #a566206d
 def the_rest(
     cfg:Config,
     seeds,
@@ -131,7 +131,7 @@ def the_rest(
     out += [Run('quadruples', k, set=k, **kw) for k in (*NESTED, 'n + 2n')]
     out += [Run('size', k, sized(cfg.student, x), **kw) for k, x in SIZES.items()]
     out += [Run('premise', k, set=k, **kw) for k in SETS if k.startswith('true')]+[Run('premise', 'distilled', **kw)]
-    return out+[Run('main', 'joint', objective='joint', steps=cfg.fit.steps, **kw)]
+    return out+[Run('main', k, objective=k, steps=cfg.fit.steps, **kw) for k in ('joint', 'explicit')]
 
 def runs_of(
     cfg:Config,
@@ -719,7 +719,7 @@ def bounds(
     ends = [(of_lifted_teacher(T, fit, samples=samples, guidance=d.guidance, steps=d.sample_steps), samples), (of_true_views(fit), 1)]
     for who, k in ends if a.lifted and s.cases[0][0].truth is not None else (): write('ceiling', method=who.label, samples=k, fitted=who.about, **judged(who, s, nets)[0])
 
-# %% ../nbs/81_reproduce.ipynb #e09da5c6
+# %% ../nbs/81_reproduce.ipynb #8a3c9a30
 def smooth(
     rows:list, # lines of a log
 )->dict:
@@ -753,7 +753,7 @@ def train_run(
     plain.load_state_dict(G.state_dict())
     went, samples = smooth(rows), c.fit.steps*c.fit.batch
     took = samples/went['samples_per_s'] if went['samples_per_s'] else time.perf_counter()-t # at its usual speed: neither compiling nor resuming counts
-    facts = dict(size, samples=samples, quadruples=len(data), seconds=round(took, 1), skipped=skipped, diverged=diverged, **went)
+    facts = dict(size, samples=samples, quadruples=len(data), seconds=round(took, 1), skipped=skipped, diverged=diverged, **went, **(dict(muon=c.fit.muon) if c.fit.muon else {}))
     return None if diverged else plain.eval(), facts
 
 # %% ../nbs/81_reproduce.ipynb #cb1a8ef1

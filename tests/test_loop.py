@@ -7,7 +7,7 @@ from torch import nn
 
 from dd3g.config import FitConfig
 from dd3g.core import UserError, cli
-from dd3g.loop import Run, TensorData, checkpoints, draw, fit, load_weights, read_log, read_tensors, resume, tensors_of
+from dd3g.loop import Muon, Run, TensorData, checkpoints, draw, fit, load_weights, matrices, orthogonal, read_log, read_tensors, resume, tensors_of
 
 CFG = FitConfig(steps=20, batch=8, lr=.05, warmup=3, cosine=True, ema=.9, save_every=5, log_every=5, grid_every=10)
 SCRIPT = """
@@ -201,6 +201,40 @@ def test_what_is_restored_is_what_was_saved(tmp_path, device):
     assert not resume(run, 'student') and run.done == 5
     own, saved = tensors_of(run), last(tmp_path)
     assert own.keys() == saved.keys() and all(v.device.type == device and torch.equal(v.cpu(), saved[k]) for k, v in own.items()) and own['extra.scale'][0] == 7
+
+def wide_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 1))
+
+def test_muon_stops_and_continues(tmp_path):
+    "A run that is stopped in the middle ends as one that was not, and not where Adam ends."
+    c = replace(CFG, muon=2.)
+    def stopping(m, batch, step, gen):
+        if step == 12: raise KeyboardInterrupt
+        return loss_of()(m, batch, step, gen)
+    assert matrices(wide_model()) == ['2.weight', '4.weight']
+    fit(wide_model(), loss_of(), data(), c, tmp_path/'a', device='cpu', quiet=True)
+    with pytest.raises(KeyboardInterrupt): fit(wide_model(), stopping, data(), c, tmp_path/'b', device='cpu', quiet=True)
+    fit(wide_model(), loss_of(), data(), c, tmp_path/'b', device='cpu', quiet=True)
+    fit(wide_model(), loss_of(), data(), CFG, tmp_path/'c', device='cpu', quiet=True)
+    a, b = last(tmp_path/'a'), last(tmp_path/'b')
+    assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+    assert not torch.equal(a['weights.2.weight'], last(tmp_path/'c')['weights.2.weight'])
+    with pytest.raises(UserError, match='fit.muon was 2.0, is 0.0'): fit(wide_model(), loss_of(), data(), replace(CFG, steps=30), tmp_path/'a', device='cpu', quiet=True)
+
+def test_a_matrix_without_gradient_stays(tmp_path):
+    "A layer that no loss has reached yet does not move; nor does its momentum leave zero."
+    m = wide_model(); params = dict(m.named_parameters()); opt = Muon(params, replace(CFG, muon=2.), matrices(m))
+    before = params['4.weight'].detach().clone()
+    m[2](torch.rand(8, 16)).square().mean().backward(); opt.step(.1, torch.zeros(()))
+    assert torch.equal(params['4.weight'], before) and not opt.state()['m.4.weight'].any() and opt.state()['m.2.weight'].any()
+
+@pytest.mark.cuda
+def test_muon_on_a_gpu_goes_the_same_way():
+    "bfloat16 there, float32 here: nearly the same direction, all singular values near one."
+    x = torch.randn(5, 48, 128, generator=torch.Generator().manual_seed(0))
+    a, b = orthogonal(x), orthogonal(x.cuda()).cpu()
+    assert torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).min() > .99 and .6 < torch.linalg.svdvals(b).min() and torch.linalg.svdvals(b).max() < 1.3
 
 def test_boards_get_numbers_and_pictures(tmp_path, monkeypatch):
     "TensorBoard's file appears by itself; Weights & Biases when asked for."
