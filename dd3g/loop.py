@@ -283,7 +283,7 @@ def orthogonal(
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a) # a x + (b s + c s s) x
     return (x.mT if wide else x).float()
 
-# %% ../nbs/16_loop.ipynb #3d575c6a
+# %% ../nbs/16_loop.ipynb #8a938b93
 THIN = 16 # matrices with a shorter side than this are left to Adam
 
 def matrices(
@@ -315,10 +315,13 @@ class Muon(Adam):
         rest = [i for i in live if i not in self.moved]
         if rest: super().move(rest, lr, bad)
         for shape, (which, buf) in self.stacks.items():
-            ps = [self.ps[i] for i in which]
-            g = torch.stack([(torch.zeros_like(p) if p.grad is None else p.grad).flatten(1) for p in ps]).nan_to_num(0., 0., 0.)
-            buf.lerp_(g, .05*(1-bad)) # momentum .95
-            u = orthogonal(g.lerp(buf, .95))*(.2*max(shape)**.5*self.relative*lr*(1-bad)) # Nesterov's look ahead; the size of Adam's step
+            on = [j for j, i in enumerate(which) if self.ps[i].grad is not None]
+            if not on: continue
+            ps, part = [self.ps[which[j]] for j in on], buf if len(on) == len(which) else buf[on]
+            g = torch.stack([p.grad.flatten(1) for p in ps]).nan_to_num(0., 0., 0.)
+            part.lerp_(g, .05*(1-bad)) # momentum .95
+            if part is not buf: buf[on] = part
+            u = orthogonal(g.lerp(part, .95))*(.2*max(shape)**.5*self.relative*lr*(1-bad)) # Nesterov's look ahead; the size of Adam's step
             if decay := self.fixed['weight_decay']: torch._foreach_mul_(ps, 1-lr*decay*(1-bad))
             torch._foreach_sub_(ps, [x.view_as(p) for x, p in zip(u, ps)])
 
