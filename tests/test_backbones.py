@@ -8,7 +8,7 @@ from torch import nn
 
 from dd3g.backbones import BACKBONES, build_student, main, size_of, with_backbone
 from dd3g.cameras import four_views, ring
-from dd3g.config import OLDER, SCALES, Config, StudentConfig, check, config_hash, from_dict, to_json
+from dd3g.config import OLDER, SCALES, Config, FitConfig, StudentConfig, check, config_hash, from_dict, to_json
 from dd3g.core import PACKAGE, UserError, seeded_randn
 from dd3g.generate import Generator, main as generate
 from dd3g.loop import load_weights, save_weights
@@ -128,7 +128,8 @@ def test_nonsense_is_refused(change, word):
 
 def test_older_files_mean_pepd():
     d = json.loads(to_json(TINY))
-    old = {**d, 'student': {k: v for k, v in d['student'].items() if k not in OLDER[StudentConfig]}}
+    without = lambda part, cls: {k: v for k, v in d[part].items() if k not in OLDER[cls]}
+    old = {**d, 'student': without('student', StudentConfig), **{k: without(k, FitConfig) for k in ('fit', 'fit_ae', 'fit_teacher')}}
     cfg = from_dict(Config, old)
     assert cfg.student.backbone == 'pepd' and cfg.student.lookup == 'none'
     assert config_hash(cfg) == hashlib_of(old)                                   # the name its run had
