@@ -11,7 +11,7 @@ __all__ = ['QUINTIC', 'ROUNDS', 'THIN', 'FORMAT', 'HEARTBEAT', 'STALE', 'JOB', '
            'load_checkpoint', 'parts_of', 'seed_all', 'update', 'Boards', 'Log', 'read_log', 'refuse_changes', 'resume',
            'save_bad', 'write_line', 'train', 'show_grid', 'fit']
 
-# %% ../nbs/16_loop.ipynb #b7b8c726
+# %% ../nbs/16_loop.ipynb #e49b1d27
 import contextlib, dataclasses, errno, functools, importlib.util, json, math, os, queue, socket, sys, threading, time, zlib
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .config import FitConfig
+from .config import OLDER, FitConfig
 from .core import UserError, seed_of, whole_file
 
 # %% ../nbs/16_loop.ipynb #3c9a58c6
@@ -739,7 +739,7 @@ def read_log(
         with contextlib.suppress(ValueError): rows.append(json.loads(line))
     return rows
 
-# %% ../nbs/16_loop.ipynb #c3f073d2
+# %% ../nbs/16_loop.ipynb #78badbdb
 FREE = ('steps', 'save_every', 'keep', 'log_every', 'grid_every', 'compile', 'accumulate') # may change between a run and its continuation
 
 def refuse_changes(
@@ -749,7 +749,9 @@ def refuse_changes(
 ):
     "Raises UserError if the folder was made with another configuration."
     part = lambda h: json.loads(json.dumps({k: h.get(k) for k in ('kind', 'samples', 'fit', 'config')}))
-    changed = {k: v for k, v in differences(part(head), part(run.head)).items() if k.split('.')[-1] not in FREE}
+    later = {k: v for fields in OLDER.values() for k, v in fields.items()} # a field that came after the folder was made, at the value that its absence means
+    same  = lambda k, a, b: k in FREE or a is None and k in later and b == later[k]
+    changed = {k: v for k, v in differences(part(head), part(run.head)).items() if not same(k.split('.')[-1], *v)}
     if changed and not force:
         raise UserError(f'{run.out}: made with another configuration: '+', '.join(f'{k} was {a}, is {b}' for k, (a, b) in changed.items())+'; choose another folder, or --force to go on with the new values')
 

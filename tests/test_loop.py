@@ -7,7 +7,7 @@ from torch import nn
 
 from dd3g.config import FitConfig
 from dd3g.core import UserError, cli
-from dd3g.loop import Muon, Run, TensorData, checkpoints, draw, fit, load_weights, matrices, orthogonal, read_log, read_tensors, resume, tensors_of
+from dd3g.loop import Muon, Run, TensorData, checkpoints, draw, fit, load_weights, matrices, orthogonal, read_log, read_tensors, refuse_changes, resume, tensors_of
 
 CFG = FitConfig(steps=20, batch=8, lr=.05, warmup=3, cosine=True, ema=.9, save_every=5, log_every=5, grid_every=10)
 SCRIPT = """
@@ -221,6 +221,16 @@ def test_muon_stops_and_continues(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
     assert not torch.equal(a['weights.2.weight'], last(tmp_path/'c')['weights.2.weight'])
     with pytest.raises(UserError, match='fit.muon was 2.0, is 0.0'): fit(wide_model(), loss_of(), data(), replace(CFG, steps=30), tmp_path/'a', device='cpu', quiet=True)
+
+def test_a_run_older_than_a_field_goes_on(tmp_path):
+    "A folder made before `muon` existed is continued by Adam, and refused to Muon."
+    c = replace(CFG, steps=10)
+    fit(wide_model(), loss_of(), data(), c, tmp_path, device='cpu', quiet=True)
+    run = Run(wide_model(), loss_of(), c, tmp_path, dict(kind='student', samples=50, fit=asdict(c), config={}), 'cpu')
+    old = dict(run.head, fit={k: v for k, v in run.head['fit'].items() if k != 'muon'})
+    refuse_changes(run, old)
+    run.head = dict(run.head, fit=asdict(replace(c, muon=2.)))
+    with pytest.raises(UserError, match='fit.muon was None, is 2.0'): refuse_changes(run, old)
 
 def test_a_matrix_without_gradient_stays(tmp_path):
     "A layer that no loss has reached yet does not move; nor does its momentum leave zero."
