@@ -151,7 +151,7 @@ def moved(
     out = 1-F.grid_sample(1-rgb, F.affine_grid(theta, rgb.shape, align_corners=False), align_corners=False)
     return torch.where((boxes[:, 2] > 0)[:, None, None, None], out, rgb)
 
-# %% ../nbs/52_evaluate.ipynb #70cd1a00
+# %% ../nbs/52_evaluate.ipynb #b088c89f
 def opaque(
     rgb:Tensor, # on white: (..., 3, H, W)
 )->Tensor:      # 0 or 1: (..., 1, H, W)
@@ -172,10 +172,11 @@ def best_turn(
     alpha:Tensor, # its coverage: (..., n, 1, s, s)
     case:Case,
     guessed:bool=False, # see `wanted`
+    stays:bool=False,   # compared where it stands, as it will be judged
 ): # which turn: int, or a list of them
     "The turn whose picture is most like the input's."
     rgb, cover = (x.to(pics.device) for x in wanted(case, pics.shape[-1], guessed))
-    pics = moved(pics, box_of(alpha), box_of(cover))
+    if not stays: pics = moved(pics, box_of(alpha), box_of(cover))
     return ((pics-rgb).square().mean((-3, -2, -1))*1e4).round().argmin(-1).tolist()
 
 def search(
@@ -186,8 +187,9 @@ def search(
     "The turn about z after which the object looks most like the input picture."
     turns = torch.arange(0, 360, p.align_step)
     cams  = Cameras(torch.cat([turned(case.source, -float(a)).c2w for a in turns]), case.source.fov)
-    r = draw(in_ball(s, p.object_radius), cams, SEARCH)
-    return turns[torch.tensor(best_turn(r.rgb, r.alpha, case))].tolist()
+    stays = s.placed or p.normalise == 'none'
+    r = draw(s if stays else in_ball(s, p.object_radius), cams, SEARCH)
+    return turns[torch.tensor(best_turn(r.rgb, r.alpha, case, stays=stays))].tolist()
 
 # %% ../nbs/52_evaluate.ipynb #aacf9680
 def scores(
@@ -216,7 +218,7 @@ def scores(
     numbers = torch.stack([v.double() for v in out.values()]).tolist() # one transfer
     return dict(zip(out, numbers), psnr_views=[round(v, 3) for v in (each[0] if many else each).tolist()])
 
-# %% ../nbs/52_evaluate.ipynb #39b01b64
+# %% ../nbs/52_evaluate.ipynb #39a9cdab
 @dataclass
 class Pictures:
     "A method's answer as pictures of the ring, in its order."
@@ -261,7 +263,7 @@ def turn_of(
     n = len(x); step = max(1, round(p.align_step*n/360))
     order = [(n-i) % n for i in range(0, n, step)] # turning by i steps shows view -i first
     rgb = composite(x[order])
-    return 360/n*step*best_turn(rgb, opaque(rgb) if answer.guessed else x[order][:, 3:], case, answer.guessed)
+    return 360/n*step*best_turn(rgb, opaque(rgb) if answer.guessed else x[order][:, 3:], case, answer.guessed, answer.placed or p.normalise == 'none')
 
 # %% ../nbs/52_evaluate.ipynb #19a4db83
 def together(
