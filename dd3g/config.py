@@ -223,7 +223,7 @@ class Config:
     @property
     def noise_shape(self): return (self.view.n_views+1, self.ae.latent_channels, self.latent, self.latent) # N of one sample
 
-# %% ../nbs/01_config.ipynb #6abb9d1b
+# %% ../nbs/01_config.ipynb #3cd3d536
 def _tiny():
     enc  = EncoderConfig(kind='vit', size=32, patch=8, width=48, depth=2, heads=3)
     fit  = FitConfig(steps=150, batch=8, lr=2e-3, warmup=10, cosine=True, ema=.98, save_every=50, log_every=5, grid_every=75)
@@ -253,7 +253,7 @@ def _mini():
         view=ViewConfig(size=64, offset_step=22.5), ae=AutoencoderConfig(channels=(32, 48, 64), layers=1, groups=16, scaling=1.),
         diffusion=DiffusionConfig(prediction='v', guidance=2.), teacher=unet, student=pepd,
         loss=LossConfig(lambda_lpips=.2, lpips_net='random-vgg', opacity=.001, sds_every=4),
-        fit_ae=replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), fit_teacher=replace(fit, steps=20_000, batch=128, lr=4e-4), fit=fit,
+        fit_ae=replace(fit, steps=6000, batch=128, lr=2e-3, ema=.995), fit_teacher=replace(fit, steps=20_000, batch=128, lr=4e-4), fit=replace(fit, lr=1.6e-3, muon=4.),
         objects=4000, quadruples=100_000, rollout_batch=512)
 
 def _small():

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PAPER', 'SAID', 'OWN', 'READS', 'COMMAND', 'NEEDS', 'IDENTITY', 'SETS', 'MAIN_SETS', 'LEVELS',
-           'LESS_IS_BETTER', 'FLOORS', 'CEILINGS', 'DECIBELS', 'ALSO', 'METER', 'FILES', 'RULES', 'WRONG', 'OWN_WRONG',
-           'SHOWN', 'CURVES', 'FAIR', 'VIEWS', 'UNITS', 'MEASURED', 'FIGURES', 'VERDICTS', 'SIZES', 'MANY', 'NO_WAY',
-           'EQ2', 'OURS', 'LONG', 'CLAIMS', 'RULE', 'WEIGHTS', 'MAKERS', 'OTHERS', 'ON_CARD', 'USES', 'CARE', 'PAGES',
-           'PLOTS', 'TOLERANCE', 'SHRUNK', 'read_lines', 'set_of', 'Book', 'rehearse', 'best_rate', 'seeds_of', 'added',
-           'reads_n', 'Value', 'judged', 'lpips_of', 'of_runs', 'of_tests', 'value_of', 'Difference', 'digits',
+           'LESS_IS_BETTER', 'FLOORS', 'CEILINGS', 'STANDS', 'DECIBELS', 'ALSO', 'METER', 'FILES', 'RULES', 'WRONG',
+           'OWN_WRONG', 'SHOWN', 'CURVES', 'FAIR', 'VIEWS', 'UNITS', 'MEASURED', 'FIGURES', 'VERDICTS', 'SIZES', 'MANY',
+           'NO_WAY', 'EQ2', 'OURS', 'LONG', 'CLAIMS', 'RULE', 'WEIGHTS', 'MAKERS', 'OTHERS', 'ON_CARD', 'USES', 'CARE',
+           'PAGES', 'PLOTS', 'TOLERANCE', 'SHRUNK', 'read_lines', 'set_of', 'Book', 'rehearse', 'best_rate', 'seeds_of',
+           'added', 'reads_n', 'Value', 'judged', 'lpips_of', 'of_runs', 'of_tests', 'value_of', 'Difference', 'digits',
            'paired_half', 'seed_noise', 'differ', 'cell', 'seeds_cell', 'grid', 'page', 'tally', 'bounds_of',
            'lpips_name', 'main_grid', 'set_grids', 'runs_grid', 'lines_of', 'ablation', 'sets_page', 'fastest',
            'shipped_rows', 'table_one', 'six', 'shipped_grid', 'contestants', 'methods_grid', 'replaced', 'went_wrong',
@@ -20,8 +20,8 @@ __all__ = ['METRICS', 'PAPER', 'SAID', 'OWN', 'READS', 'COMMAND', 'NEEDS', 'IDEN
            'fast_enough', 'faster_than_teacher', 'count_of_gaussians', 'gpu_hours', 'rolled_twice', 'figure_numbers',
            'drawn_by', 'smooth_path', 'less_diverse', 'people_prefer', 'other_systems', 'mislabelled', 'untestable',
            'ledger', 'percent', 'weights_file', 'shipped_files', 'card_files', 'card_data', 'teacher_score',
-           'card_training', 'card_student', 'student_meter', 'card_teacher', 'card_limits', 'from_readme', 'model_card',
-           'made', 'picture_gap', 'write', 'compare', 'PaperArgs', 'main']
+           'run_behind', 'told_of', 'card_training', 'card_student', 'student_meter', 'card_teacher', 'card_limits',
+           'from_readme', 'model_card', 'made', 'picture_gap', 'write', 'compare', 'PaperArgs', 'main']
 
 # %% ../nbs/80_paper.ipynb #9c916139
 import difflib, json, math, statistics
@@ -60,7 +60,7 @@ OWN  = {"c'": 'PD and 50 constant tokens', 'c"': 'full PEPD, N shuffled', 'd+loo
         'd+picture': '= (d) + N, C and the picture looked up (our addition)'} # rows of ours that the paper has not
 READS = {'d+lookup': 'N and C', 'd+picture': 'N, C and the picture'} # those with something added to Eq. 2: what each of their Gaussians reads where it is seen
 
-# %% ../nbs/80_paper.ipynb #3be50dc2
+# %% ../nbs/80_paper.ipynb #78258c41
 COMMAND  = 'python -m dd3g.reproduce --scale {}' # fills the records that most pages wait for
 NEEDS    = dict(run=('name', 'table', 'row'), eval=('set',), floor=('method', 'set'), ceiling=('method', 'set'), figure=('figure', 'strip'))
 IDENTITY = ('kind', 'scale', 'name', 'run', 'method', 'set', 'group', 'figure', 'of') # of a record: equal ones are the same thing measured again
@@ -89,7 +89,7 @@ class Book:
     def __init__(self,
         root:Path=None,  # folder of records, default figures/records
         scale:str='mini', # whose runs fill Tables II to IV
-        mode:str='aligned', # or unaligned: whether objects are turned to the input view, as the paper did by hand
+        mode:str='unaligned', # as answers stand; aligned: turned to the input view by a search, as the paper did by hand
     ):
         self.root, self.scale, self.mode = Path(root or RECORDS), scale, mode
         self.every = read_lines('reproduce', self.root)
@@ -222,7 +222,7 @@ def lpips_of(
     have = [k for k in record.get(mode, {}) if 'LPIPS' in k]
     return min(have, key=lambda k: (k[0] == 'r', 'vgg' not in k, k), default=None)
 
-# %% ../nbs/80_paper.ipynb #03f49608
+# %% ../nbs/80_paper.ipynb #ae061263
 def of_runs(
     rows:list, # records of runs, or their meters, one a seed
     name:str,  # of a number in them
@@ -243,7 +243,7 @@ def of_tests(
     if not rows: return None
     found = [x if isinstance(x, list) else [x] for r in rows for x in [r.get(mode, {}).get(key(r), r.get(key(r)))]]
     ends  = [x[1:] for x in found if len(x) == 3]
-    each  = [(r.get('per_object') or {}).get(key(r), ()) if mode == 'aligned' else () for r in rows]
+    each  = [(r.get('per_object') or {}).get(key(r), ()) for r in rows] # aligned ones in older records: they scatter more
     paired, last = all(len(p) == len(each[0]) > 0 for p in each), rows[-1]
     return Value(tuple(x[0] for x in found), *(map(statistics.fmean, zip(*ends)) if ends else (None, None)),
                  tuple(map(statistics.fmean, zip(*each))) if paired else (), (last.get('protocol_hash'), last.get('objects_hash')), last.get('n'))
@@ -251,7 +251,7 @@ def of_tests(
 def value_of(
     book:Book,
     who,        # (table, row[, budget]), or a method's name
-    metric:str, # psnr, ssim, lpips, ... of the test, or unaligned.NAME; meter.NAME; run.NAME, e.g. run.gflops
+    metric:str, # psnr, ssim, lpips, ... of the test, or aligned.NAME; meter.NAME; run.NAME, e.g. run.gflops
     on='YCB',   # set
 )->Optional[Value]:
     "One number of one row; None where there is no record."
@@ -409,8 +409,9 @@ def main_grid(
     absent = [on for on in MAIN_SETS if not any(judged(book, w, on) for w, *_ in lines)]
     return [grid(head, [line(*x) for x in shown]), f'Not judged on {" and ".join(absent)} yet: {book.command}.' if began and absent else '']
 
-# %% ../nbs/80_paper.ipynb #22a55465
-DECIBELS = {'unaligned.psnr': 'not turned', 'mean_of_k_psnr': 'mean of {k}', 'best_of_k_psnr': 'best of {k}',
+# %% ../nbs/80_paper.ipynb #707eb495
+STANDS = dict(unaligned='as answers stand, seen by the cameras of the input picture', aligned='turned to the input view by the search of the protocol')
+DECIBELS = {'aligned.psnr': 'turned', 'mean_of_k_psnr': 'mean of {k}', 'best_of_k_psnr': 'best of {k}',
             'teacher_mean_of_k_psnr': 'teacher, mean of {k}', 'own_psnr': 'to the teacher\'s own sample'}
 ALSO  = {'diversity': 'diversity', 'energy': 'energy distance to the teacher', 'sharpness': 'sharpness', 'iou': 'IoU', 'chroma': 'chroma',
          'white': 'white Gaussians', 'transparent': 'transparent Gaussians'}
@@ -443,7 +444,7 @@ def runs_grid(
     rows  = [[label, *(cell(value_of(book, w, m), m) for m in METER), tally(rs, 'diverged'), *(tell(rs[0].get(k)) for k in facts)] for w, label, *_ in lines if (rs := seeds_of(book, w))]
     return ['**The runs, on held-out quadruples**', grid(['', *METER.values(), 'diverged', *facts.values()], rows)] if rows else []
 
-# %% ../nbs/80_paper.ipynb #c3a3da80
+# %% ../nbs/80_paper.ipynb #5b246eeb
 def lines_of(
     book:Book,
     table:str, # II, III or IV
@@ -462,7 +463,7 @@ def ablation(
     "One of the paper's tables of ablations beside ours."
     t, lines = PAPER[table], lines_of(book, table)
     none  = '' if any(seeds_of(book, w) for w, *_ in lines) else f'Not run yet: {book.command}. The paper\'s numbers stand alone.'
-    about = (f'The paper\'s numbers: {t["where"]}, on {t["on"]}. Ours: scale `{book.scale}`, {book.mode} to the input view; PSNR is a mean [95 % interval over objects]. '
+    about = (f'The paper\'s numbers: {t["where"]}, on {t["on"]}. Ours: scale `{book.scale}`, {STANDS[book.mode]}; PSNR is a mean [95 % interval over objects]. '
              f'The other intervals, other sets of objects and other measures are on [a page of their own]({FILES[table]}_sets.md).')
     return page(book, f'{t["where"].split(",")[0]}: {t["title"].lower()}', about, none, *main_grid(book, lines), *runs_grid(book, lines), RULES)
 
@@ -473,7 +474,7 @@ def sets_page(
     "What a table has no room for."
     lines = contestants(book) if table == 'I' else lines_of(book, table)
     parts = [x for on in SETS for x in set_grids(book, lines, on)]
-    about = f'Scale `{book.scale}`, {book.mode} to the input view, mean [95 % interval over objects]. Back to [the table]({FILES[table]}.md).'
+    about = f'Scale `{book.scale}`, {STANDS[book.mode]}; mean [95 % interval over objects]. *turned*: after the search for the azimuth, which before version 3 of the protocol turned some answers the wrong way. Back to [the table]({FILES[table]}.md).'
     return page(book, f'Table {table}: each set of objects', about, *(parts or [f'Not run yet: {book.command}.']), RULES)
 
 FILES = dict(I='table1', II='table2', III='table3', IV='table4')
@@ -1317,7 +1318,7 @@ CLAIMS += [
     Claim('Without L_on transparent Gaussians are in excess', 'Sec. III-C, Eq. 7', 'what fails', beats(('wrong', 'no L_on'), ('III', 'joint'), ('transparent',), sign=1, least=MANY)),
     Claim('Decoding all attributes at once is worse than progressively', 'Sec. III-A, III-B', 'what fails', beats([('III', 'explicit'), ('II', 'd')], ('wrong', 'all heads last')))]
 
-# %% ../nbs/80_paper.ipynb #d4541ba0
+# %% ../nbs/80_paper.ipynb #2ad5f701
 CLAIMS += [
     Claim('A picture becomes 3D Gaussians within .06 s', 'Abstract, Table I', 'speed and cost', fast_enough),
     Claim('Without the MV-DM at inference it is faster than two stages', 'Sec. I', 'speed and cost', faster_than_teacher),
@@ -1346,7 +1347,7 @@ def ledger(
     count = {v: sum(x == v for *_, x in done) for v in VERDICTS}
     left  = f' {book.left_out} records by other protocols are left out.' if book.left_out else ''
     parts = [f'{len(done)} claims: '+', '.join(f'{n} {v}' for v, n in count.items() if n)+'.', f'*The rule.* {RULE} {RULES}',
-             f'Scale `{book.scale}` unless a row says otherwise, {book.mode} to the input view. Rows that are not run yet: {book.command}.{left}']
+             f'Scale `{book.scale}` unless a row says otherwise, {STANDS[book.mode]}. Rows that are not run yet: {book.command}.{left}']
     for kind in dict.fromkeys(c.kind for c in CLAIMS):
         rows = [[c.words, c.where, text, f'**{v}**' if v != 'not run yet' else v] for c, text, v in done if c.kind == kind]
         parts += [f'## {kind[0].upper()+kind[1:]}', grid(['the paper says', 'where', 'we measure', 'verdict'], rows)]
@@ -1424,7 +1425,25 @@ def teacher_score(
     rows = [r for r in reversed(book.every) if r['kind'] == 'teacher' and r.get('scores')]
     return next((r for r in rows if r.get('fingerprint') == files.get('teacher', {}).get('fingerprint')), next(iter(rows), None))
 
-# %% ../nbs/80_paper.ipynb #1036af96
+# %% ../nbs/80_paper.ipynb #30efe26f
+def run_behind(
+    book:Book,
+    s:dict, # what the student's file says
+)->Optional[dict]: # a record of kind run
+    "The run of dd3g.reproduce whose weights ship, as they are or rounded."
+    link = next((r for r in reversed(book.first) if r['what'] == 'shipped' and r['weights'] == s['sha']), {})
+    return next((dict(r, place=link.get('run')) for r in reversed(book.every) if r['kind'] == 'run' and r.get('weights') in (s['sha'], link.get('of', s['sha']))), None)
+
+def told_of(
+    r:dict, # of `run_behind`
+    s:dict, # what the student's file says
+)->str:     # Markdown
+    "One run in a paragraph."
+    f = s['cfg'].fit
+    by = f'Muon ({f.muon:g} times that for matrices)' if f.muon else 'Adam'
+    return (f'**The student.** Run `{r["name"]}` of `python -m dd3g.reproduce`: {r["quadruples"]:,} quadruples of {s["cfg"].diffusion.sample_steps} DDIM steps each, {r["objective"]} supervision, {r["steps"]:,} updates of {r["batch"]} '
+            f'({r["samples"]/r["quadruples"]:.1f} passes) by {by}, learning rate {f.lr:g}; {r["device"]}, {r["seconds"]:.0f} s beside other runs, commit `{r["commit"]}`. [The checkpoints that shipped](../nbs/experiments/first_checkpoint.ipynb).')
+
 def card_training(
     book:Book,
     files:dict, # of `shipped_files`
@@ -1441,7 +1460,8 @@ def card_training(
     elif t: out.append('**The teacher.** No record tells how this file was trained.')
     chain = next(iter(reversed(of('chain'))), None)
     rolls = [r for r in of('rollout') if chain and r['run'] >= chain['run']]
-    if s and rolls and last('student', rolls[-1]['run']) == s['steps']:
+    if s and (r := run_behind(book, s)): out.append(told_of(r, s))
+    elif s and rolls and last('student', rolls[-1]['run']) == s['steps']:
         rows = [[str(r['run']), f'`{r["teacher"]}`', f'{r["quadruples"]:,}', f'{last("student", r["run"]):,}'] for r in rolls]
         f = s['cfg'].fit
         out += [f'**The student.** {sum(r["quadruples"] for r in rolls):,} quadruples of {rolls[-1]["steps"]} DDIM steps each; steps of {f.batch}, learning rate {f.lr:g}; {chain["gpus"]} {chain["device"]}, {chain["seconds"]:.0f} s with the teacher\'s last run, commit `{chain["commit"]}`. '
@@ -1449,7 +1469,7 @@ def card_training(
     elif s: out.append('**The student.** No record tells how this file was trained.')
     return out
 
-# %% ../nbs/80_paper.ipynb #bedbec04
+# %% ../nbs/80_paper.ipynb #9dc27206
 ON_CARD = ('psnr', 'ssim', 'rLPIPS-vgg', 'iou', 'sharpness') # of a student's evaluation; real LPIPS, where it was measured, takes the third place
 
 def card_student(
@@ -1476,8 +1496,8 @@ def student_meter(
     s:dict, # what its file says
 )->Optional[dict]: # keys of knowledge_loss
     "What the meter found on the student that ships."
-    mine = next((r['meter'] for r in reversed(book.every) if r['kind'] == 'run' and r.get('weights') == s['sha']), None)
-    return mine or next((r for r in reversed(book.first) if r['what'] == 'knowledge_loss' and r.get('step') == s['steps'] and 'explained_low' in r), None)
+    if mine := run_behind(book, s): return dict(mine['meter'], run=mine['place'] or -1)
+    return next((r for r in reversed(book.first) if r['what'] == 'knowledge_loss' and r.get('step') == s['steps'] and 'explained_low' in r), None)
 
 def card_teacher(
     book:Book,
@@ -1492,7 +1512,7 @@ def card_teacher(
     return [f'**The teacher**, PSNR in dB on white; {r.get("of", "held-out objects")}; 95 % intervals over objects where recorded. Its autoencoder alone: {tell("autoencoder")} dB.{"" if r["fingerprint"] == files.get("teacher", {}).get("fingerprint") else OTHERS}',
             grid(['view', 'one sample', mean.replace('_', ' '), 'billboard'], rows)]
 
-# %% ../nbs/80_paper.ipynb #3bf24d66
+# %% ../nbs/80_paper.ipynb #b3307ec0
 USES = ('**Meant for** studying distillation of a multi-view diffusion model into a generator: running the chain at small scale, starting a training, comparing methods by one protocol, turning pictures of simple things into coarse Gaussians. '
         '**Not meant for** measuring things, for telling what their unseen sides look like, for faces and people, nor for anything where a wrong guess does harm.')
 CARE = ('**Bias and safety.** It has seen game assets, shop products and procedural toys, so it makes such things of whatever it is shown; it has no filter; unseen sides are guesses and must not be passed off as facts.')
@@ -1510,11 +1530,11 @@ def card_limits(
     m    = student_meter(book, s) if s else None
     then = sorted((r for r in book.first if r['what'] == 'judged' and m and r['run'] <= m.get('run', -1)), key=lambda r: r['run'])
     less = f'; at {then[0]["size"]} px {then[-1]["chroma"][0]:.3f} on both together, where the first checkpoint had {then[0]["chroma"][0]:.3f}' if len(then) > 1 and then[-1]['run'] == m['run'] else ''
-    said = [f'**{px} px.** It was trained on pictures of {px} px; drawn larger, surfaces show gaps and hairs.',
+    said = [f'**{px} px.** It was trained on pictures of {px} px; drawn larger, surfaces show streaks and fray at the edge.',
             f'**One object, plain background,** seen from about its own height: cameras between {up[0]:g}° and {up[1]:g}°. Pictures from above come out tilted.',
-            '**Sides are blurred,** and often the thing cannot be named from them: [twenty pictures](../nbs/experiments/side_views.ipynb).'+(f' Sharpness of all views, relative to true ones: {each("sharpness")}.' if 'sharpness' in have else ''),
-            m and f'**Its own N explains {percent(m["explained"])} of what N does**'+(': seeds give near copies.' if m['explained'] < .1 else '.'),
-            'chroma' in have and f'**Chroma is low:** {each("chroma")} (opacity-weighted largest minus smallest channel, 0 is grey){less}.',
+            '**Sides are blurred,** and some things cannot be named from them: [twenty pictures](../nbs/experiments/side_views.ipynb).'+(f' Sharpness of all views, relative to true ones: {each("sharpness")}.' if 'sharpness' in have else ''),
+            m and f'**Its own N explains {percent(m["explained"])} of what N does**'+(': seeds give near copies.' if m['amplitude'] < .1 else f': seeds differ, by {percent(m["amplitude"])} of what the teacher\'s do, and mostly not as the teacher\'s do.' if m['explained'] < .1 else '.'),
+            'chroma' in have and f'**Chroma:** {each("chroma")} (opacity-weighted largest minus smallest channel, 0 is grey){less}.',
             any(k.startswith('rLPIPS') for k in have) and '**rLPIPS is not LPIPS:** networks with random weights stand for it, in training and in judging.',
             ours and f'**Few test objects:** {sum(r["n"] for r in ours.values())}, fixed in the list of splits; intervals are wide, and differences within them mean nothing.']
     return '\n'.join(f'- {x}' for x in said if x)
@@ -1600,14 +1620,14 @@ def compare(
     known = set(files)|{Path(k).name for k in files}
     return wrong+[f'{p.name}: no record fills it' for p in sorted(out.glob('*')) if p.name not in known]
 
-# %% ../nbs/80_paper.ipynb #7298f650
+# %% ../nbs/80_paper.ipynb #a67a2566
 @dataclass(frozen=True)
 class PaperArgs:
     "Make all tables, figures and verdicts from the records; on a CPU, without a checkpoint."
     out:Path=ROOT/'figures'/'paper' # tables and plots; claims.md and model_card.md go beside this folder
     records:Path=RECORDS     # folder of the records
     runs:str='mini'          # scale whose runs fill Tables II to IV
-    unaligned:bool=False     # do not turn objects to the input view (the paper did, by hand)
+    aligned:bool=False       # turn objects to the input view by the search of the protocol (the paper did, by hand)
     check:bool=False         # write nothing; say what differs from the files there, and exit with 2
 
 def main(
@@ -1617,7 +1637,7 @@ def main(
     with cli():
         a = tyro.cli(PaperArgs, args=args, prog='python -m dd3g.paper', description=PaperArgs.__doc__)
         if not a.records.is_dir(): raise UserError(f'{a.records}: no such folder; records are written by {COMMAND.format(a.runs)}')
-        book = Book(a.records, a.runs, 'unaligned' if a.unaligned else 'aligned')
+        book = Book(a.records, a.runs, 'aligned' if a.aligned else 'unaligned')
         if a.check:
             if wrong := compare(book, a.out): raise UserError(f'{a.out}: not what the records say; run python -m dd3g.paper and look at the difference. '+'; '.join(wrong))
             return print(f'{a.out}: up to date')

@@ -668,13 +668,13 @@ def sets_of(
     mark_of(out/'tests', 'tests')
     return [load_set(p) for p in sorted((out/'tests').glob('*.tar'))]
 
-# %% ../nbs/81_reproduce.ipynb #259eb434
+# %% ../nbs/81_reproduce.ipynb #179cd3d0
 def short(
     rows:list, # of (object, mode -> scores)
-)->dict:       # mode -> measure -> [mean, low, high]; per_object: measure -> one number an object, aligned
+)->dict:       # mode -> measure -> [mean, low, high]; per_object: measure -> one number an object, as it stands
     "What a record keeps."
     out  = {mode: {k: [round(v[x], 5) for x in ('mean', 'low', 'high')] for k, v in summary(by_name(rows, mode)).items()} for mode in ('unaligned', 'aligned')}
-    each = by_name(rows, 'aligned')
+    each = by_name(rows, 'unaligned')
     keys = [k for k in next(iter(each.values())) if k in ('psnr', 'ssim', 'sharpness', 'chroma', 'white') or 'LPIPS' in k]
     return dict(out, per_object={k: [round(r[k], 3) for r in each.values()] for k in keys if all(k in r for r in each.values())})
 
