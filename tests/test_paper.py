@@ -173,7 +173,7 @@ def test_rows_of_ours_among_what_went_wrong(tmp_path):
     rehearse(tmp_path, {('wrong', 'sees the background'): 16., ('wrong', 'never heard of'): 12.}, 1, diverged=True, test=dict(white=.4, transparent=.1))
     rows = [json.loads(l) for l in open(tmp_path/'reproduce.jsonl')]
     for r in rows:
-        if r['kind'] == 'eval': r['aligned']['iou'] = [.71, .7, .72]
+        if r['kind'] == 'eval': r['unaligned']['iou'] = [.71, .7, .72]
     shutil.rmtree(tmp_path); b = Book(lines(tmp_path, rows)); page = paper.went_wrong(b)
     for k in ('sees the background', 'never heard of'):
         assert (line := next(l for l in page.splitlines() if l.startswith(f'| {k} | ours'))) and all(x in line for x in ('1 of 1', '0.400', '0.100', '0.710'))
@@ -202,7 +202,7 @@ def test_one_metric_against_is_a_contradiction(tmp_path):
     rehearse(tmp_path)
     rows = [json.loads(l) for l in open(tmp_path/'reproduce.jsonl')]
     for r in rows:
-        if r['kind'] == 'eval' and r['run'].startswith('II-d-'): r['aligned']['rLPIPS-vgg'] = [.9, .89, .91]
+        if r['kind'] == 'eval' and r['run'].startswith('II-d-'): r['unaligned']['rLPIPS-vgg'] = [.9, .89, .91]
     shutil.rmtree(tmp_path); lines(tmp_path, rows)
     assert next(c for c in CLAIMS if c.words == 'Full PEPD beats PD alone').judge(Book(tmp_path))[1] == 'contradicted'
 
@@ -284,6 +284,8 @@ def test_card_follows_records_and_files(tmp_path):
     text, files = paper.model_card(Book()), paper.shipped_files(paper.WEIGHTS)
     assert paper.model_card(Book(tmp_path)) == text and paper.OTHERS not in text and sorted(files) == ['student', 'teacher']
     for f in files.values(): assert all(x in text for x in (f['file'], f'{sum(f["parts"].values()):,}', f'{f["size"]/1e6:.1f} MB'))
+    behind = paper.run_behind(Book(), files['student']) # the run whose weights ship
+    assert f'`{behind["name"]}`' in text
     def changed(name, change): # one record of many
         rows = [json.loads(l) for l in open(RECORDS/f'{name}.jsonl')]
         for r in rows: change(r)
@@ -291,13 +293,13 @@ def test_card_follows_records_and_files(tmp_path):
         out = paper.model_card(Book(tmp_path)); shutil.copy(RECORDS/f'{name}.jsonl', tmp_path)
         return out
     def better(r):
-        if r['kind'] == 'method' and r['method'] == 'shipped' and r['group'] == 'bricks': r['aligned']['psnr'] = [77.77, 77.7, 77.8]
+        if r['kind'] == 'method' and r['method'] == 'shipped' and r['group'] == 'bricks': r['unaligned']['psnr'] = [77.77, 77.7, 77.8]
     def louder(r):
-        if r['what'] == 'knowledge_loss' and r['run'] == 4: r['explained'] = .4321
+        if r['kind'] == 'run' and r['name'] == behind['name']: r['meter']['explained'] = .4321
     def wiser(r):
         if r['kind'] == 'teacher': r['scores']['side_billboard'] = 66.66; r['steps'] = 54321
     assert '77.77 [77.70, 77.80]' in changed('evaluate', better)
-    assert all(x in (t := changed('first_checkpoint', louder)) for x in ('43.21 %', '43.2 %')) and 'near copies' in text and 'near copies' not in t
+    assert all(x in (t := changed('reproduce', louder)) for x in ('43.21 %', '43.2 %')) and 'mostly not as the teacher' in text and 'mostly not as the teacher' not in t
     assert all(x in changed('reproduce', wiser) for x in ('66.66', '54,321 steps of'))
     (weights := tmp_path/'weights').mkdir()
     save_weights({'pe.w': torch.zeros(12345)}, weights/'mini.safetensors', files['student']['cfg'], 'student')
