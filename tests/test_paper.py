@@ -299,7 +299,7 @@ def test_card_follows_records_and_files(tmp_path):
     def wiser(r):
         if r['kind'] == 'teacher': r['scores']['side_billboard'] = 66.66; r['steps'] = 54321
     assert '77.77 [77.70, 77.80]' in changed('evaluate', better)
-    assert all(x in (t := changed('reproduce', louder)) for x in ('43.21 %', '43.2 %')) and 'mostly not as the teacher' in text and 'mostly not as the teacher' not in t
+    assert all(x in (t := changed('reproduce', louder)) for x in ('43.21 %', '43.2 %')) and 'it leans the teacher' in text and 'it leans the teacher' not in t
     assert all(x in changed('reproduce', wiser) for x in ('66.66', '54,321 steps of'))
     (weights := tmp_path/'weights').mkdir()
     save_weights({'pe.w': torch.zeros(12345)}, weights/'mini.safetensors', files['student']['cfg'], 'student')
