@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRIM', 'SEARCH', 'FLOORS', 'SEED', 'METRICS', 'BLOCK', 'COMMANDS', 'covered', 'box_of', 'weighted_span', 'visible',
-           'in_ball', 'to_view', 'place', 'moved', 'opaque', 'wanted', 'best_turn', 'search', 'scores', 'Pictures',
-           'views_of', 'turn_of', 'together', 'habits', 'spread', 'beside', 'judge', 'floors', 'sign_flip', 'holm',
-           'Contestant', 'in_batches', 'student_inputs', 'framed', 'student_answers', 'of_model', 'of_checkpoint',
-           'teacher_views', 'known', 'of_teacher', 'flat_name', 'by_object', 'of_plys', 'read_pictures', 'of_renders',
-           'best_nets', 'by_name', 'summary', 'save_strip', 'mean_of', 'groups_of', 'evaluate', 'pairs', 'report',
-           'table', 'Run', 'open_reports', 'side_by_side', 'grid', 'scatter', 'extremes', 'EvaluateArgs',
-           'contestants_of', 'check_asked', 'run', 'say', 'keep', 'InputArgs', 'write_inputs', 'CompareArgs', 'ranked',
-           'compare', 'DemoArgs', 'sheet_of', 'demo', 'main']
+           'in_ball', 'to_view', 'stays', 'place', 'moved', 'opaque', 'wanted', 'best_turn', 'search', 'scores',
+           'Pictures', 'views_of', 'turn_of', 'together', 'habits', 'spread', 'beside', 'judge', 'floors', 'sign_flip',
+           'holm', 'Contestant', 'in_batches', 'student_inputs', 'framed', 'student_answers', 'of_model',
+           'of_checkpoint', 'teacher_views', 'known', 'of_teacher', 'flat_name', 'by_object', 'of_plys',
+           'read_pictures', 'of_renders', 'best_nets', 'by_name', 'summary', 'save_strip', 'mean_of', 'groups_of',
+           'evaluate', 'pairs', 'report', 'table', 'Run', 'open_reports', 'side_by_side', 'grid', 'scatter', 'extremes',
+           'EvaluateArgs', 'contestants_of', 'check_asked', 'run', 'say', 'keep', 'InputArgs', 'write_inputs',
+           'CompareArgs', 'ranked', 'compare', 'DemoArgs', 'sheet_of', 'demo', 'main']
 
 # %% ../nbs/52_evaluate.ipynb #1717ca01
 import dataclasses, json, math, re, shlex, sys, time, typing
@@ -94,7 +94,7 @@ def in_ball(
     k = radius/far.clamp_min(1e-9)
     return s.transform(None, -mid*k[..., None], k)
 
-# %% ../nbs/52_evaluate.ipynb #8a598cdc
+# %% ../nbs/52_evaluate.ipynb #95e70142
 def to_view(
     s:Splats,         # roughly in place
     source:Cameras,   # the input's camera: (1,)
@@ -116,6 +116,13 @@ def to_view(
         s  = s.transform(None, dx[..., :1]*right+dx[..., 1:]*down, k[..., 0])
     return s
 
+def stays(
+    answer, # Splats or Pictures
+    p:Protocol,
+)->bool:
+    "Whether it is judged where it stands."
+    return answer.placed or p.normalise == 'none'
+
 def place(
     s:Splats,      # a method's answer, in our world
     case:Case,
@@ -126,7 +133,7 @@ def place(
     s = s.transform(turn_z(turn) if isinstance(turn, (int, float)) else torch.stack([turn_z(a) for a in turn]))
     if p.normalise not in ('view', 'ball', 'none'): raise UserError(f'--normalise {p.normalise}: there are view, ball and none')
     solid = (s.g.alpha > .1).any(-1)
-    if p.normalise == 'none' or s.placed or not solid.any(): return s
+    if stays(s, p) or not solid.any(): return s
     out = in_ball(s, p.object_radius)
     if p.normalise == 'view': out = to_view(out, case.source, box_of(shrink(case.rgba, p.size)[3:]), p.size)
     if solid.all(): return out
@@ -151,7 +158,7 @@ def moved(
     out = 1-F.grid_sample(1-rgb, F.affine_grid(theta, rgb.shape, align_corners=False), align_corners=False)
     return torch.where((boxes[:, 2] > 0)[:, None, None, None], out, rgb)
 
-# %% ../nbs/52_evaluate.ipynb #b088c89f
+# %% ../nbs/52_evaluate.ipynb #596c1082
 def opaque(
     rgb:Tensor, # on white: (..., 3, H, W)
 )->Tensor:      # 0 or 1: (..., 1, H, W)
@@ -172,11 +179,11 @@ def best_turn(
     alpha:Tensor, # its coverage: (..., n, 1, s, s)
     case:Case,
     guessed:bool=False, # see `wanted`
-    stays:bool=False,   # compared where it stands, as it will be judged
+    still:bool=False,   # compared where it stands, as it will be judged
 ): # which turn: int, or a list of them
     "The turn whose picture is most like the input's."
     rgb, cover = (x.to(pics.device) for x in wanted(case, pics.shape[-1], guessed))
-    if not stays: pics = moved(pics, box_of(alpha), box_of(cover))
+    if not still: pics = moved(pics, box_of(alpha), box_of(cover))
     return ((pics-rgb).square().mean((-3, -2, -1))*1e4).round().argmin(-1).tolist()
 
 def search(
@@ -187,9 +194,8 @@ def search(
     "The turn about z after which the object looks most like the input picture."
     turns = torch.arange(0, 360, p.align_step)
     cams  = Cameras(torch.cat([turned(case.source, -float(a)).c2w for a in turns]), case.source.fov)
-    stays = s.placed or p.normalise == 'none'
-    r = draw(s if stays else in_ball(s, p.object_radius), cams, SEARCH)
-    return turns[torch.tensor(best_turn(r.rgb, r.alpha, case, stays=stays))].tolist()
+    r = draw(s if stays(s, p) else in_ball(s, p.object_radius), cams, SEARCH)
+    return turns[torch.tensor(best_turn(r.rgb, r.alpha, case, still=stays(s, p)))].tolist()
 
 # %% ../nbs/52_evaluate.ipynb #aacf9680
 def scores(
@@ -218,7 +224,7 @@ def scores(
     numbers = torch.stack([v.double() for v in out.values()]).tolist() # one transfer
     return dict(zip(out, numbers), psnr_views=[round(v, 3) for v in (each[0] if many else each).tolist()])
 
-# %% ../nbs/52_evaluate.ipynb #39a9cdab
+# %% ../nbs/52_evaluate.ipynb #9280b191
 @dataclass
 class Pictures:
     "A method's answer as pictures of the ring, in its order."
@@ -241,7 +247,7 @@ def views_of(
         return r.rgb.clamp(0, 1), r.alpha
     x = answer.rgba.roll(round(turn/360*len(answer.rgba)), 0)
     rgb = composite(x, p.background); alpha = opaque(rgb) if answer.guessed else x[:, 3:]
-    if p.normalise == 'none' or answer.placed or not case.ring: return rgb, alpha
+    if stays(answer, p) or not case.ring: return rgb, alpha
     box, want = box_of(alpha[0]), box_of(wanted(case, p.size, answer.guessed)[1])
     if not box[2:].min() > 0: return rgb, alpha
     around = torch.cos(torch.deg2rad(case.cams.azimuth-case.source.azimuth))
@@ -263,7 +269,7 @@ def turn_of(
     n = len(x); step = max(1, round(p.align_step*n/360))
     order = [(n-i) % n for i in range(0, n, step)] # turning by i steps shows view -i first
     rgb = composite(x[order])
-    return 360/n*step*best_turn(rgb, opaque(rgb) if answer.guessed else x[order][:, 3:], case, answer.guessed, answer.placed or p.normalise == 'none')
+    return 360/n*step*best_turn(rgb, opaque(rgb) if answer.guessed else x[order][:, 3:], case, answer.guessed, stays(answer, p))
 
 # %% ../nbs/52_evaluate.ipynb #19a4db83
 def together(

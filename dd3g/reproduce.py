@@ -536,7 +536,7 @@ def told_of(
     each = sum(p.stat().st_size/len(w['sha'])*len(rows) for p, rows, w in parts)
     return dict(n=len(of('sha')), families=len(set(of('family'))), pictures=len(set(of('picture'))), teacher=parts[0][2]['settings']['teacher'], hash=sha(of('sha')), views=sha(of('views')), megabytes=round(each/1e6, 1))
 
-# %% ../nbs/81_reproduce.ipynb #08610f33
+# %% ../nbs/81_reproduce.ipynb #617d38b6
 @dataclass
 class TestSet:
     "Cases that one number is a mean over."
@@ -545,7 +545,7 @@ class TestSet:
     p:Protocol
     drawn:Tensor=None # the teacher's samples of each on white: (cases, k, V, 3, S, S) uint8
     @property
-    def about(self): return dict(set=self.name, n=len({c.name for c, _ in self.cases}), size=self.p.size, protocol_hash=self.p.hash, objects_hash=sha(listed(self.cases)), notes=sorted({n for c, _ in self.cases for n in c.notes})) # two numbers compare only if the hashes are equal
+    def about(self): return dict(set=self.name, n=len({c.name for c, _ in self.cases}), size=self.p.size, protocol_hash=self.p.hash, protocol_version=self.p.version, objects_hash=sha(listed(self.cases)), notes=sorted({n for c, _ in self.cases for n in c.notes})) # two numbers compare only if the hashes are equal
     @property
     def file(self): return self.name.replace(' ', '-')
     def taught(self, i): # the teacher's samples of case i at the case's cameras, NaN where it draws nothing: (k, views, 3, S, S)
