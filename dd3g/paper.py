@@ -446,7 +446,7 @@ def runs_grid(
     rows  = [[label, *(cell(value_of(book, w, m), m) for m in METER), tally(rs, 'diverged'), *(tell(k, rs) for k in facts)] for w, label, *_ in lines if (rs := seeds_of(book, w))]
     return ['**The runs, on held-out quadruples**', grid(['', *METER.values(), 'diverged', *facts.values()], rows)] if rows else []
 
-# %% ../nbs/80_paper.ipynb #8f1081dc
+# %% ../nbs/80_paper.ipynb #98d17057
 def lines_of(
     book:Book,
     table:str, # II, III or IV
@@ -476,7 +476,7 @@ def sets_page(
     "What a table has no room for."
     lines = contestants(book) if table == 'I' else lines_of(book, table)
     parts = [x for on in SETS for x in set_grids(book, lines, on)]
-    about = f'Scale `{book.scale}`, {STANDS[book.mode]}; mean [95 % interval over objects]. *turned*: after the search for the azimuth; a dash where a record is older than version 3 of the protocol, which mended that search. Back to [the table]({FILES[table]}.md).'
+    about = f'Scale `{book.scale}`, {STANDS[book.mode]}; mean [95 % interval over objects]. After the search for the azimuth a column *turned* would follow; records older than version 3 of the protocol, which mended that search, are left out of it. Back to [the table]({FILES[table]}.md).'
     return page(book, f'Table {table}: each set of objects', about, *(parts or [f'Not run yet: {book.command}.']), RULES)
 
 FILES = dict(I='table1', II='table2', III='table3', IV='table4')
