@@ -30,7 +30,7 @@ from .objects import SUFFIXES, Rings, load_model, procedural, read_splits, rende
 from .rollout import pictures_from
 from .teach import evenly
 
-# %% ../nbs/51_testsets.ipynb #617d7466
+# %% ../nbs/51_testsets.ipynb #a1b35dd0
 @dataclass(frozen=True)
 class Protocol:
     "What is asked of a method. Two numbers compare only under one hash."
@@ -50,7 +50,7 @@ class Protocol:
     background:float=1.     # grey behind everything
     lpips_every:int=3       # perceptual distances are taken of every third view: their networks cost more than all else
     ssim:str='torchmetrics, Gaussian window 11 px, sigma 1.5'
-    version:int=3           # raised when the same fields begin to mean something else; 2: places are weighed by what is seen, and whoever stands in the input's frame is not moved; 3: nor while the turn is searched
+    version:int=4           # raised when the same fields begin to mean something else; 2: places are weighed by what is seen, and whoever stands in the input's frame is not moved; 3: nor while the turn is searched; 4: specks have no say in where a file is put, and the picture has
     @property
     def hash(self): return config_hash(self)
 
