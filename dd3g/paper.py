@@ -867,8 +867,9 @@ def as_jpeg(
     buf = io.BytesIO(); fig.savefig(buf, format='jpg', pil_kwargs=dict(quality=85))
     return buf.getvalue()
 
-# %% ../nbs/80_paper.ipynb #7566a9a4
+# %% ../nbs/80_paper.ipynb #92add4c4
 FIGURES = {'6': 'Backbones, explicit supervision (Sec. IV-C)', '7': 'Objectives (Sec. IV-C)', '9': 'From one picture to another with fixed N (Sec. IV-F)', '10': 'One picture, different N (Sec. IV-G)'}
+FIGURES |= {f'{k} lookup': f'{FIGURES[k]}, by a student that looks N up' for k in ('9', '10')} # our addition, beside the paper's own
 
 def strip_of(
     book:Book,
@@ -907,7 +908,7 @@ def figures_page(
         r, path = strip_of(book, k)
         parts.append(f'## Figure {k}: {title}')
         if r is None: parts.append(f'Not run yet: {book.command}.'); continue
-        parts.append(f'![Figure {k}](figure{k}.jpg)' if path else f'`strips/{Path(r["strip"]).name}` is named by its record and missing.')
+        parts.append(f'![Figure {k}](figure{k.replace(" ", "-")}.jpg)' if path else f'`strips/{Path(r["strip"]).name}` is named by its record and missing.')
         ours = [f'`{x}` {OWN[x]}' for x in r.get('columns') or () if x in READS]
         drew = drawn_by(book, r.get('numbers') or {})
         parts.append('. '.join([*ours, *([f'Drawn{drew.lstrip(",")}'] if drew else [])]))
@@ -1197,7 +1198,7 @@ def rolled_twice(
     most = max(twice, key=lambda k: k[-1])
     return f'{len(twice)} sets rolled out again on the same kind of device, the largest of {most[-1]:,} quadruples; {len(bad)} with other views, to the bit', 'contradicted' if bad else 'reproduced'
 
-# %% ../nbs/80_paper.ipynb #4261b8fc
+# %% ../nbs/80_paper.ipynb #13d82ae5
 def figure_numbers(
     book:Book,
     figure:str, # its number in the paper
@@ -1223,6 +1224,7 @@ def smooth_path(
     t, p, f = n['tokens'], n['pixels'], n['fading']
     text = (f'largest step over mean step {t["largest_step"]:.2f} (mixing pixels {p["largest_step"]:.2f}; 1 is even, {n["steps"]-1} a jump), '
             f'sharpness half-way {t["sharp_halfway"]:.2f} of the ends (mixing pixels {p["sharp_halfway"]:.2f}, fading {f["sharp_halfway"]:.2f}); {n["pairs"]} pairs{drawn_by(book, n)}')
+    if b := figure_numbers(book, '9 lookup'): text += f'. Beside it, not judged{drawn_by(book, b)}: {b["tokens"]["largest_step"]:.2f} (pixels {b["pixels"]["largest_step"]:.2f}), {b["tokens"]["sharp_halfway"]:.2f}'
     if 'addition' in drawn_by(book, n): return text+', which answers for no claim of the paper', 'not testable here'
     if f['sharp_halfway'] > .95: return text+'. Even fading stays sharp, so the ends are hardly different objects', 'not reproduced'
     jump = t['largest_step'] > (n['steps']-1)/2
@@ -1240,6 +1242,7 @@ def less_diverse(
     noise  = (seed_noise(book, [who], 'meter.amplitude', '') if v else None) or 0.
     judged_by = [*((x, 0.) for x in ratios.values() if 'addition' not in whose), *([(v.mean, noise)] if v else [])] # a figure of ours stands beside
     drawn  = f'Figure 10{whose}: '+', '.join(f'{k} {x:.2f}' for k, x in ratios.items()) if ratios else ''
+    if b := figure_numbers(book, '10 lookup'): drawn += f'. Beside it, not judged{drawn_by(book, b)}: '+', '.join(f'{k} {b[k]["ratio"]:.2f}' for k in ('side', 'back'))
     metred = f'{named(who)}: amplitude of the meter {v.mean:.3f} (noise {noise:.3f})'+(f', own-N rate {own.mean:.2f}' if own else '') if v else ''
     if not judged_by: return '. '.join(filter(None, ('no amplitude of a student as in Eq. 2', drawn))), 'not run yet'
     text = f'spread over N, student over teacher. {". ".join(filter(None, (metred, drawn)))}'
@@ -1575,10 +1578,10 @@ def model_card(
         '## Licence and credits', 'Code and weights lie in one repository under the [Apache License 2.0](../LICENSE).', from_readme('The shipped checkpoint was trained'),
         '## Cite', from_readme('```bibtex'), 'This code and these weights are not by the paper\'s authors.')
 
-# %% ../nbs/80_paper.ipynb #7cd35e16
+# %% ../nbs/80_paper.ipynb #e5f9ac43
 PAGES = ({'table1.md': table_one} | {f'{FILES[t]}.md': partial(ablation, table=t) for t in ('II', 'III', 'IV')} | {f'{f}_sets.md': partial(sets_page, table=t) for t, f in FILES.items()} |
          {'wrong.md': went_wrong, 'curves.md': curves, 'figures.md': figures_page, 'teacher.md': teacher_page, 'quadruples.md': quadruples_page, 'speed.md': speed_page, 'study.md': study_page})
-PLOTS = {'ablations.jpg': plot_ablations, 'curves.jpg': plot_curves, 'teacher.jpg': plot_teacher, 'speed.jpg': plot_speed} | {f'figure{k}.jpg': partial(plot_strip, figure=k) for k in FIGURES}
+PLOTS = {'ablations.jpg': plot_ablations, 'curves.jpg': plot_curves, 'teacher.jpg': plot_teacher, 'speed.jpg': plot_speed} | {f'figure{k.replace(" ", "-")}.jpg': partial(plot_strip, figure=k) for k in FIGURES}
 TOLERANCE, SHRUNK = .3, 8 # matplotlib 3.9, 3.10 and 3.11 draw letters differently: up to .23, measured on all plots
 
 def made(

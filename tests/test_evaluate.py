@@ -74,7 +74,30 @@ def test_what_nobody_sees_moves_nothing(case, monkeypatch):
     clean = views_of(Splats(g), case, P)[0]
     assert (views_of(Splats(dirty), case, P)[0]-clean).abs().mean() < .006 and search(Splats(dirty).transform(turn_z(90)), case, P) == 270
     monkeypatch.setattr(E, 'visible', lambda g: g.alpha) # the rule of protocol version 1
+    monkeypatch.setattr(E, 'to_picture', lambda s, case: s) # and no second look
     assert (views_of(Splats(dirty), case, P)[0]-clean).abs().mean() > .015
+
+def test_many_specks_have_no_say(case, monkeypatch):
+    "A tenth of all that can be seen, in pieces that nobody sees, before the object: it stays where it was along the line of sight."
+    g, n, ahead = thing(), 4000, case.source.c2w[0, :3, 2]
+    area = .1*E.visible(g).sum()/n
+    dust = Gaussians(torch.randn(n, 3, generator=torch.Generator().manual_seed(0))*.1-ahead*.5, torch.full((n, 3), float(area)**.5), g.quat[:1].expand(n, 4), g.color[:1].expand(n, 3), torch.ones(n))
+    dirty = lambda: (place(Splats(Gaussians.cat([g, dust])), case, P).g.mu[:g.n]-place(Splats(g), case, P).g.mu)@ahead
+    assert dirty().abs().mean() < .02
+    monkeypatch.setattr(E, 'SPECK', 0.) # the rule of protocol version 3
+    assert dirty().abs().mean() > .1
+
+def test_the_picture_mends_size_and_place(case):
+    "Several at once as one by one; seen nowhere, left alone."
+    right, ahead = case.source.c2w[0, :3, 0], case.source.c2w[0, :3, 2]
+    home = E.to_picture(Splats(thing()), case)
+    for t, k in ((.06*right, 1.), (0*right, 1.08), (-.04*right, .95)):
+        s = E.to_picture(Splats(thing()).transform(None, t, k), case)
+        assert (s.g.mu-home.g.mu).norm(dim=1).mean() < .02 < (t+thing().mu*(k-1)).norm(dim=1).mean()
+    many = E.together([Splats(thing()).transform(None, .06*right, 1.), Splats(thing())])
+    assert torch.allclose(E.to_picture(many, case).g.mu[1], home.g.mu, atol=1e-5)
+    none = thing(); none.alpha *= 0
+    assert E.to_picture(Splats(none), case).g.mu.isfinite().all()
 
 def test_who_stands_in_the_frame_is_left_there(case):
     s = Splats(thing(), placed=True).transform(None, None, 1.1)
