@@ -10,7 +10,7 @@ from PIL import Image
 from dd3g.config import SCALES
 from dd3g.core import UserError
 from dd3g.gaussians import Gaussians
-from dd3g.generate import Generator, find_pictures, main, name_outputs
+from dd3g.generate import Generator, find_pictures, main, name_outputs, tidy
 from dd3g.loop import save_weights
 from dd3g.pepd import PEPD
 
@@ -49,6 +49,18 @@ def test_four_files(checkpoint, duck, tmp_path, capsys):
     assert Image.open(tmp_path/'out'/'duck.png').size == (9*36+4, 40)
     page = (tmp_path/'out'/'duck.html').read_text()
     assert '{{' not in page and 'src=' not in page and 'http' not in page # nothing from elsewhere
+
+def test_specks_are_left_out(checkpoint, duck, tmp_path, capsys, monkeypatch):
+    gen = Generator.from_pretrained(checkpoint)
+    g, view = gen(duck, seed=0), gen.cfg.view
+    n = g.n//3
+    g.scale[:n] = 1e-4; g.alpha[n:n+5] = 0 # too small; not there
+    left = tidy(g, view)
+    assert torch.equal(left.mu, g.mu[n+5:]) and tidy(g, view, 0.).n == g.n and tidy(g.map(lambda x: x*0), view).n == g.n
+    monkeypatch.setattr(Generator, '__call__', lambda self, *a, **kw: g)
+    run(capsys, duck, '--out', tmp_path/'a', '--checkpoint', checkpoint, *FAST)
+    run(capsys, duck, '--out', tmp_path/'b', '--checkpoint', checkpoint, '--specks', *FAST)
+    assert [Gaussians.load_ply(tmp_path/k/'duck.ply').n for k in 'ab'] == [left.n, g.n]
 
 def test_film_has_its_frames(checkpoint, duck, tmp_path, capsys):
     import imageio_ffmpeg
