@@ -100,15 +100,15 @@ def sha(
         h.update(x)
     return h.hexdigest()[:n]
 
-# %% ../nbs/00_core.ipynb #bb9edcf2
+# %% ../nbs/00_core.ipynb #31cc0ce9
 def git_state(
     root:Path=ROOT, # a folder of the project
-)->dict:            # commit (12 digits or None) and whether tracked files differ from it
+)->dict:            # commit (12 digits or None) and whether tracked files differ from it: records aside, which a program appends to as it goes
     "Which code is running."
     run = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True)
     try:
         sha = os.environ.get('DD3G_COMMIT') or run('rev-parse', '--short=12', 'HEAD').stdout.strip() or None
-        dirty = None if 'DD3G_COMMIT' in os.environ else bool(run('status', '--porcelain', '-uno').stdout.strip())
+        dirty = None if 'DD3G_COMMIT' in os.environ else bool(run('status', '--porcelain', '-uno', '--', '.', ':!figures/records').stdout.strip())
         return dict(commit=sha, dirty=dirty)
     except FileNotFoundError: return dict(commit=None, dirty=None)
 

@@ -209,7 +209,7 @@ def write_video(
         for f in frames: out.send(f)
         out.close()
 
-# %% ../nbs/50_generate.ipynb #76201688
+# %% ../nbs/50_generate.ipynb #2ae01bd1
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff') # what counts as a picture in a folder
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class GenerateArgs:
     cameras:tuple[float, float]=(0., 0.) # C: azimuth offset and elevation of the input view, degrees
     size:int=256                # side of the turntable and of the sheet's views, pixels
     frames:int=24               # of the turntable
-    precision:Literal['fp32', 'bf16']='fp32' # of the network; bf16: quicker on a GPU, pictures the same to about 60 dB
+    precision:Literal['fp32', 'bf16']='fp32' # of the network; bf16: quicker on a GPU, pictures the same to about 50 dB
     specks:bool=False           # keep Gaussians that cover less than a tenth of a training pixel
 
 def find_pictures(

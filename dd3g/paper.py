@@ -8,11 +8,11 @@ __all__ = ['METRICS', 'PAPER', 'SAID', 'OWN', 'READS', 'COMMAND', 'NEEDS', 'IDEN
            'OWN_WRONG', 'SHOWN', 'CURVES', 'FAIR', 'VIEWS', 'UNITS', 'MEASURED', 'FIGURES', 'VERDICTS', 'SIZES', 'MANY',
            'NO_WAY', 'EQ2', 'OURS', 'LONG', 'CLAIMS', 'RULE', 'WEIGHTS', 'MAKERS', 'OTHERS', 'ON_CARD', 'USES', 'CARE',
            'PAGES', 'PLOTS', 'TOLERANCE', 'SHRUNK', 'read_lines', 'set_of', 'Book', 'rehearse', 'best_rate', 'seeds_of',
-           'added', 'reads_n', 'Value', 'judged', 'lpips_of', 'of_runs', 'of_tests', 'value_of', 'Difference', 'digits',
-           'paired_half', 'seed_noise', 'differ', 'cell', 'seeds_cell', 'grid', 'page', 'tally', 'bounds_of',
-           'lpips_name', 'main_grid', 'set_grids', 'runs_grid', 'lines_of', 'ablation', 'sets_page', 'fastest',
-           'shipped_rows', 'table_one', 'six', 'shipped_grid', 'contestants', 'methods_grid', 'replaced', 'went_wrong',
-           'curve', 'curves', 'premise_note', 'in_decibels', 'views_grid', 'sweep_grid', 'teacher_parts',
+           'added', 'reads_n', 'Value', 'judged', 'lpips_of', 'lpips_name', 'of_runs', 'of_tests', 'value_of',
+           'Difference', 'digits', 'paired_half', 'seed_noise', 'differ', 'cell', 'seeds_cell', 'grid', 'page', 'tally',
+           'bounds_of', 'main_grid', 'set_grids', 'runs_grid', 'lines_of', 'ablation', 'sets_page', 'fastest',
+           'shipped_rows', 'table_one', 'six', 'shipped_run', 'shipped_grid', 'contestants', 'methods_grid', 'replaced',
+           'went_wrong', 'curve', 'curves', 'premise_note', 'in_decibels', 'views_grid', 'sweep_grid', 'teacher_parts',
            'teacher_page', 'quadruples_page', 'speed_page', 'plan_of', 'study_page', 'stamped', 'canvas', 'dots',
            'plot_ablations', 'plot_curves', 'plot_speed', 'plot_teacher', 'as_jpeg', 'strip_of', 'plot_strip',
            'figures_page', 'Claim', 'verdict_of', 'named', 'missing', 'pick', 'place', 'versus', 'beats',
@@ -202,7 +202,7 @@ class Value:
     @property
     def half(self): return None if self.low is None else (self.high-self.low)/2
 
-# %% ../nbs/80_paper.ipynb #aa0a7b42
+# %% ../nbs/80_paper.ipynb #a796c25b
 def judged(
     book:Book,
     who,      # (table, row[, budget]), or a method's name
@@ -221,6 +221,14 @@ def lpips_of(
     "Which LPIPS a record has."
     have = [k for k in record.get(mode, {}) if 'LPIPS' in k]
     return min(have, key=lambda k: (k[0] == 'r', 'vgg' not in k, k), default=None)
+
+def lpips_name(
+    book:Book,
+    lines:list, # `who` of the rows
+    on:str,
+)->str:
+    "Which LPIPS a table shows."
+    return next((k for w in lines for r in judged(book, w, on) if (k := lpips_of(r, book.mode))), 'LPIPS')
 
 # %% ../nbs/80_paper.ipynb #ae061263
 def of_runs(
@@ -260,7 +268,7 @@ def value_of(
     rows = [] if isinstance(who, str) else seeds_of(book, who)
     return of_runs([r.get('meter') or {} for r in rows] if where == 'meter' else rows, name) # a run that diverged has no meter
 
-# %% ../nbs/80_paper.ipynb #34da4b67
+# %% ../nbs/80_paper.ipynb #39401375
 LESS_IS_BETTER = ('lpips', 'energy', 'spread', 'gflops')
 
 @dataclass(frozen=True)
@@ -273,6 +281,7 @@ class Difference:
     objects:Optional[float] # noise of objects; None: not measured over objects
     sign:int=1              # -1: less is better
     least:float=0.          # a smaller difference is too small to matter, however sure
+    name:str=''             # of the measure, where it is not the metric's
     @property
     def gain(self): return self.sign*(self.a.mean-self.b.mean)
     @property
@@ -282,7 +291,7 @@ class Difference:
     def __str__(self):
         d = digits(self.metric)
         noise = 'seeds unknown' if self.noise is None else f'noise {self.noise:.{d}f}'
-        return f'{self.metric.rpartition(".")[2]} {self.a.mean:.{d}f} against {self.b.mean:.{d}f} ({noise}{f"; below {self.least:g} it is not many" if self.least else ""})'
+        return f'{self.name or self.metric.rpartition(".")[2]} {self.a.mean:.{d}f} against {self.b.mean:.{d}f} ({noise}{f"; below {self.least:g} it is not many" if self.least else ""})'
 
 def digits(
     metric:str,
@@ -299,7 +308,7 @@ def paired_half(
     low, high = bootstrap(np.subtract(a, b), draws, draw=np.random.RandomState(0).randint) # whose numbers never change, so tables are equal everywhere
     return (high-low)/2
 
-# %% ../nbs/80_paper.ipynb #96beaf2a
+# %% ../nbs/80_paper.ipynb #cb481751
 def seed_noise(
     book:Book,
     rows:list,  # `who` of both rows
@@ -330,7 +339,8 @@ def differ(
     noise = None
     if len(x.per) == len(y.per) > 1: noise = paired_half(x.per, y.per)
     elif x.half is not None and y.half is not None: noise = math.hypot(x.half, y.half)
-    return Difference(metric, x, y, seed_noise(book, [a, b], metric, on), noise, sign or (-1 if metric.rpartition('.')[2] in LESS_IS_BETTER else 1), least)
+    last = metric.rpartition('.')[2]
+    return Difference(metric, x, y, seed_noise(book, [a, b], metric, on), noise, sign or (-1 if last in LESS_IS_BETTER else 1), least, lpips_name(book, [a, b], on) if last == 'lpips' else '')
 
 # %% ../nbs/80_paper.ipynb #ab80397a
 def cell(
@@ -367,7 +377,7 @@ def page(
     mark = 'MADE UP: a rehearsal, nothing here was measured.' if book.made_up else ''
     return '\n\n'.join(p for p in (f'# {title}', mark and f'**{mark}**', *parts) if p)+'\n'
 
-# %% ../nbs/80_paper.ipynb #b55efd1f
+# %% ../nbs/80_paper.ipynb #0d984187
 def tally(
     runs:list,  # records of runs
     key:str,    # diverged, skipped or spikes
@@ -384,14 +394,6 @@ def bounds_of(
 )->list:    # of (who, label, ()): floors and ceilings that were judged on one of these
     "The lines in italics."
     return [(m, f'*{CEILINGS.get(m, m)}*', ()) for m in (*FLOORS, *CEILINGS) if any(judged(book, m, on) for on in sets)]
-
-def lpips_name(
-    book:Book,
-    lines:list, # `who` of the rows
-    on:str,
-)->str:
-    "Which LPIPS a table shows."
-    return next((k for w in lines for r in judged(book, w, on) if (k := lpips_of(r, book.mode))), 'LPIPS')
 
 def main_grid(
     book:Book,
@@ -523,12 +525,21 @@ def table_one(
         *(ours or ['Nothing has been judged yet: `python -m dd3g.evaluate --objects DIR --record`.']), speed,
         'SI, TGS, DG, LGM and V3D have not been run by us. Their outputs can be judged by `python -m dd3g.evaluate --objects DIR --method NAME --plys DIR`.')
 
-# %% ../nbs/80_paper.ipynb #cfaff16e
+# %% ../nbs/80_paper.ipynb #0193f449
 def six(
     name:str, # which LPIPS
 )->list:      # column names of both sets
     "The head of our grids of Table I."
     return ['method', *(f'{m}, {s}' for s in ('YCB', 'bricks') for m in ('PSNR', 'SSIM', name))]
+
+def shipped_run(
+    book:Book,
+)->str: # in words; empty where no record says
+    "Which run's weights the shipped ones are, and how large they were drawn."
+    r = next(r for r in reversed(book.shipped) if r['kind'] == 'method' and r['method'] == 'shipped')
+    size = next((x['protocol']['size'] for x in reversed(book.shipped) if x['kind'] == 'set' and x.get('protocol_hash') == r['protocol_hash'] and 'protocol' in x), None)
+    link = next((x for x in reversed(book.first) if x.get('what') == 'shipped' and x.get('weights') == (r.get('about') or {}).get('sha')), None)
+    return (f' (the weights of the run `{link["name"]}`)' if link else '')+(f', drawn at {size} px' if size else '')
 
 def shipped_grid(
     book:Book,
@@ -541,7 +552,7 @@ def shipped_grid(
         return [cell(Value((m[k][0],), *m[k][1:]) if k in m else None, k) for k in ('psnr', 'ssim', lpips_of(r or {}, book.mode))]
     one = next(iter(ship.values()))
     rows = [[f'*{m}*' if m in FLOORS else 'shipped checkpoint', *three(ship.get((m, 'ycb'))), *three(ship.get((m, 'bricks')))] for m in dict.fromkeys(k for k, _ in ship)]
-    return [f'The checkpoint that ships, judged by `dd3g.evaluate` (protocol `{one["protocol_hash"]}`):', grid(six(lpips_of(one, book.mode)), rows)]
+    return [f'The checkpoint that ships{shipped_run(book)}, judged by `dd3g.evaluate` (protocol `{one["protocol_hash"]}`):', grid(six(lpips_of(one, book.mode)), rows)]
 
 def contestants(
     book:Book,
@@ -593,7 +604,7 @@ def went_wrong(
     about = f'One seed each, scale `{book.scale}`, YCB. "white" is the share of Gaussians that are white and not transparent. A row said to be "ours" is no claim of the paper.'
     return page(book, 'What the paper says went wrong', about, none, grid(['', 'the paper', 'where', 'diverged', 'skipped updates', 'spikes', *SHOWN.values()], rows))
 
-# %% ../nbs/80_paper.ipynb #cdf0632b
+# %% ../nbs/80_paper.ipynb #3ea57a63
 CURVES = dict(quadruples='quadruples', size='parameters', premise='training objects with true views, %')
 FAIR = [('quadruples', '1/3'), ('premise', 'distilled')] # the distilled student with as many quadruples as one of true views, else the one with all
 
@@ -621,7 +632,7 @@ def curves(
     for t, name in CURVES.items():
         rows  = [row(*p) for p in curve(book, t)]
         if t == 'quadruples': rows = [[*r[:2], '', *r[3:]] for r in rows] # which is the abscissa
-        head  = [name, 'row', 'quadruples', 'steps', 'seeds: PSNR', 'PSNR', 'SSIM', 'LPIPS', 'PSNR to own OI', 'own-N rate']
+        head  = [name, 'row', 'quadruples', 'steps', 'seeds: PSNR', 'PSNR', 'SSIM', lpips_name(book, [who for *_, who in curve(book, t)], 'YCB'), 'PSNR to own OI', 'own-N rate']
         parts += [f'**{t}**', premise_note(book) if t == 'premise' and rows else '', grid(head, rows) if rows else f'Not run yet: {book.command}.']
     rows  = sorted({x for t in CURVES for *_, who in curve(book, t) if (x := added(book, who))})
     whose = f' Students are those of row {" or ".join(f"({x})" for x in rows)} of Table II: Gaussians read {READS[rows[-1]]} where they are seen, our addition.' if rows else ''
@@ -1333,7 +1344,7 @@ CLAIMS += [
     Claim('Without L_on transparent Gaussians are in excess', 'Sec. III-C, Eq. 7', 'what fails', beats(('wrong', 'no L_on'), ('III', 'joint'), ('transparent',), sign=1, least=MANY)),
     Claim('Decoding all attributes at once is worse than progressively', 'Sec. III-A, III-B', 'what fails', beats([('III', 'explicit'), ('II', 'd')], ('wrong', 'all heads last')))]
 
-# %% ../nbs/80_paper.ipynb #ceb46274
+# %% ../nbs/80_paper.ipynb #c7687f97
 CLAIMS += [
     Claim('A picture becomes 3D Gaussians within .06 s', 'Abstract, Table I', 'speed and cost', fast_enough),
     Claim('Without the MV-DM at inference it is faster than two stages', 'Sec. I', 'speed and cost', faster_than_teacher),
@@ -1369,7 +1380,7 @@ def ledger(
     return page(book, 'The claims ledger', *parts)
 
 RULE = ('A difference counts if it exceeds the noise, the larger of two: the range over seeds (at least the median range of the table; for rows with one seed the largest) '
-        'and half the 95 % interval over objects, bootstrapped in pairs where single objects are recorded (before version 3 of the protocol: turned by a search that erred, so they scatter more). '
+        'and half the 95 % interval over objects, bootstrapped in pairs where single objects are recorded. (Version 2 of the protocol, by which all tables but the shipped checkpoint\'s were judged, recorded single objects after a search for the azimuth that erred, so they scatter more; means are of answers as they stand, and would be the same today.) '
         '"Reproduced": every difference counts in the paper\'s direction. "Contradicted": one counts against it. "Not reproduced": neither. "As good as" is reproduced if no difference counts and the noise is half a decibel at most. Without a second seed anywhere no difference counts. '
         '"Many" and "in excess" mean at least a twentieth of all Gaussians. '
         '"Fails" and "does not converge" mean that the mean is no better than a billboard\'s, or came up from it by less than a twentieth of what its control did; a mean further above within the noise is "not reproduced", and where a control does not clearly exceed that floor either, nothing is tested. '

@@ -1022,7 +1022,7 @@ def make_runs(
     if s.late: say(f'{len(s.late)} runs were not begun or not ended in {a.minutes:g} minutes: {", ".join(r.name for r in s.late[:8])}{" ..." if len(s.late) > 8 else ""}')
     if s.failed: say(f'{len(s.failed)} runs failed: {", ".join(s.failed)}')
 
-# %% ../nbs/81_reproduce.ipynb #0afec73f
+# %% ../nbs/81_reproduce.ipynb #5dc9832d
 FIGURES = {'6':[('II', k) for k in ('a', 'b', 'c', 'd', 'd+picture')], '7':[('III', k) for k in ('explicit', 'implicit', 'joint')]}
 
 def best_run(
@@ -1058,8 +1058,8 @@ def table_figure(
     rows, labels = [], []
     for s in (s for s in sets_of(a.out) if s.cases[0][0].truth is not None):
         shown = {k: safetensors.torch.load_file(a.out/'runs'/n/f'{s.file}.views')['views'].float()/255 for k, n in names.items()}
-        for i, (c, _) in enumerate(s.cases[:2]):
-            truth = c.white(); truth = truth[torch.arange(4)*len(truth)//4]
+        for i in evenly(list(range(len(s.cases))), 4)[1:3]: # of the middle: names that begin a list are often variants of one thing
+            c, _ = s.cases[i]; truth = c.white(); truth = truth[torch.arange(4)*len(truth)//4]
             for v, side in ((1, 'side'), (2, 'back')):
                 rows.append([composite(shrink(c.rgba, s.p.size)), truth[v], *[x[i, v] for x in shown.values()]]); labels.append(f'{c.name}, {side}')
     write_strip(rows, a.out/'results'/'strips'/f'figure{which}-{a.scale}.jpg')
