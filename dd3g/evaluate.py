@@ -66,7 +66,7 @@ def box_of(
     out  = torch.stack([x.mean(-1), y.mean(-1), x[..., 1]-x[..., 0], y[..., 1]-y[..., 0]], -1).float()
     return torch.where((a.sum((-2, -1)) > 1)[..., None], out, torch.zeros_like(out))
 
-# %% ../nbs/52_evaluate.ipynb #b98436b4
+# %% ../nbs/52_evaluate.ipynb #e97d3bfb
 def weighted_span(
     x:Tensor, # numbers: (..., G)
     w:Tensor, # weights, broadcast: (..., G)
@@ -96,10 +96,11 @@ def in_ball(
     g, w = s.g, visible(s.g)
     mid = weighted_span(g.mu.mT.contiguous(), w[..., None, :]).mean(-1) # (..., 3)
     far = weighted_span((g.mu-mid[..., None, :]).norm(dim=-1), w)[..., 1]
+    far = torch.maximum(far, weighted_span(g.scale.amax(-1), w)[..., 0]) # a single large Gaussian may be all that counts: it is as wide as itself
     k = radius/far.clamp_min(1e-9)
     return s.transform(None, -mid*k[..., None], k)
 
-# %% ../nbs/52_evaluate.ipynb #a2bc5bf4
+# %% ../nbs/52_evaluate.ipynb #b2a4f292
 def to_view(
     s:Splats,         # roughly in place
     source:Cameras,   # the input's camera: (1,)
@@ -116,7 +117,7 @@ def to_view(
         box = box_of(draw(s, source, size).alpha[..., 0, :, :, :])        # (..., 4)
         k  = target[2:].norm()/box[..., 2:].norm(dim=-1, keepdim=True)
         dx = (target[:2]-size/2-k*(box[..., :2]-size/2))*z/f
-        seen = box[..., 2:].amin(-1, keepdim=True) > 0                     # what is not seen is left alone
+        seen = (box[..., 2:].amin(-1, keepdim=True) > 0) & (target[2:].amin() > 0) # what is not seen is left alone, and so is all where the input is empty
         k, dx = torch.where(seen, k, 1.), torch.where(seen, dx, 0.)
         s  = s.transform(None, dx[..., :1]*right+dx[..., 1:]*down, k[..., 0])
     return s
@@ -808,7 +809,7 @@ def report(
                 statistics='95 % intervals: percentile bootstrap over objects, 10,000 draws; p: two-sided sign-flip permutation test on paired differences, all flips up to 14 objects, 20,000 beyond; p_holm: Holm over pairs of methods',
                 alignment=f'turns of {p.align_step:g} degrees about the vertical axis, compared with the input picture only', **about, **git_state(), **machine(), date=time.strftime('%Y-%m-%d'))
 
-# %% ../nbs/52_evaluate.ipynb #bf1dcde9
+# %% ../nbs/52_evaluate.ipynb #44ce0cc3
 def table(
     rep:dict,          # of `report`
     mode:str='aligned',
@@ -819,7 +820,7 @@ def table(
     rows = {k: m['mean'][mode].get(group, {}) for k, m in rep['methods'].items() if m['mean']} | {f'*{k}*': m.get(group, {}) for k, m in rep['floors'].items()}
     keys = metrics or [k for k in (*METRICS, *sorted({k for r in rows.values() for k in r if 'LPIPS' in k})) if any(k in r for r in rows.values())]
     cell = lambda r, k: f'{r[k]["mean"]:.{2 if "psnr" in k else 3}f} [{r[k]["low"]:.{2 if "psnr" in k else 3}f}, {r[k]["high"]:.{2 if "psnr" in k else 3}f}]' if k in r else ''
-    n = {k: next((v['n'] for v in r.values()), 0) for k, r in rows.items()}
+    n = {k: max((v['n'] for v in r.values()), default=0) for k, r in rows.items()}
     lines = ['| method | n | '+' | '.join(keys)+' |', '|---'*(len(keys)+2)+'|']
     return '\n'.join(lines+[f'| {k} | {n[k]} | '+' | '.join(cell(r, k) for k in keys)+' |' for k, r in rows.items()])
 

@@ -1209,7 +1209,7 @@ def rolled_twice(
     most = max(twice, key=lambda k: k[-1])
     return f'{len(twice)} sets rolled out again on the same kind of device, the largest of {most[-1]:,} quadruples; {len(bad)} with other views, to the bit', 'contradicted' if bad else 'reproduced'
 
-# %% ../nbs/80_paper.ipynb #13d82ae5
+# %% ../nbs/80_paper.ipynb #1ef7aeea
 def figure_numbers(
     book:Book,
     figure:str, # its number in the paper
@@ -1235,7 +1235,7 @@ def smooth_path(
     t, p, f = n['tokens'], n['pixels'], n['fading']
     text = (f'largest step over mean step {t["largest_step"]:.2f} (mixing pixels {p["largest_step"]:.2f}; 1 is even, {n["steps"]-1} a jump), '
             f'sharpness half-way {t["sharp_halfway"]:.2f} of the ends (mixing pixels {p["sharp_halfway"]:.2f}, fading {f["sharp_halfway"]:.2f}); {n["pairs"]} pairs{drawn_by(book, n)}')
-    if b := figure_numbers(book, '9 lookup'): text += f'. Beside it, not judged{drawn_by(book, b)}: {b["tokens"]["largest_step"]:.2f} (pixels {b["pixels"]["largest_step"]:.2f}), {b["tokens"]["sharp_halfway"]:.2f}'
+    if {'tokens', 'pixels'} <= set(b := figure_numbers(book, '9 lookup')): text += f'. Beside it, not judged{drawn_by(book, b)}: {b["tokens"]["largest_step"]:.2f} (pixels {b["pixels"]["largest_step"]:.2f}), {b["tokens"]["sharp_halfway"]:.2f}'
     if 'addition' in drawn_by(book, n): return text+', which answers for no claim of the paper', 'not testable here'
     if f['sharp_halfway'] > .95: return text+'. Even fading stays sharp, so the ends are hardly different objects', 'not reproduced'
     jump = t['largest_step'] > (n['steps']-1)/2
@@ -1253,7 +1253,8 @@ def less_diverse(
     noise  = (seed_noise(book, [who], 'meter.amplitude', '') if v else None) or 0.
     judged_by = [*((x, 0.) for x in ratios.values() if 'addition' not in whose), *([(v.mean, noise)] if v else [])] # a figure of ours stands beside
     drawn  = f'Figure 10{whose}: '+', '.join(f'{k} {x:.2f}' for k, x in ratios.items()) if ratios else ''
-    if b := figure_numbers(book, '10 lookup'): drawn += f'. Beside it, not judged{drawn_by(book, b)}: '+', '.join(f'{k} {b[k]["ratio"]:.2f}' for k in ('side', 'back'))
+    b = figure_numbers(book, '10 lookup')
+    if there := [f'{k} {b[k]["ratio"]:.2f}' for k in ('side', 'back') if k in b]: drawn = '. '.join(filter(None, (drawn, f'Beside it, not judged{drawn_by(book, b)}: {", ".join(there)}')))
     metred = f'{named(who)}: amplitude of the meter {v.mean:.3f} (noise {noise:.3f})'+(f', own-N rate {own.mean:.2f}' if own else '') if v else ''
     if not judged_by: return '. '.join(filter(None, ('no amplitude of a student as in Eq. 2', drawn))), 'not run yet'
     text = f'spread over N, student over teacher. {". ".join(filter(None, (metred, drawn)))}'

@@ -10,9 +10,9 @@ __all__ = ['PREMISE', 'NESTED', 'SETS', 'PAPER', 'TABLE_II', 'WRONG', 'SIZES', '
            'pool_source', 'roll_pool', 'pack', 'pool_path', 'rows_of', 'Pack', 'gpus', 'describe', 'described', 'start',
            'tail', 'rollers', 'pack_pool', 'make_pools', 'told_of', 'TestSet', 'ring_case', 'held_out_cases',
            'model_sets', 'teacher_samples', 'save_set', 'load_set', 'Planned', 'make_pairs', 'load_pairs', 'make_tests',
-           'sets_of', 'short', 'judged', 'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned', 'worker',
-           'results_of', 'line_of', 'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt', 'expected',
-           'Inline', 'stop', 'Scheduler', 'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run',
+           'sets_of', 'short', 'few_of', 'judged', 'bounds', 'smooth', 'train_run', 'blank_psnr', 'do_run', 'orphaned',
+           'worker', 'results_of', 'line_of', 'best_lr', 'pace', 'settled', 'waits_for', 'identity', 'adopt',
+           'expected', 'Inline', 'stop', 'Scheduler', 'next_run', 'finish', 'run_all', 'close', 'make_runs', 'best_run',
            'write_strip', 'table_figure', 'between', 'evenness', 'interpolated', 'keep_strip', 'figure_nine',
            'spread_of', 'figure_ten', 'make_figures', 'gather', 'make_report', 'overview', 'planned', 'main']
 
@@ -668,7 +668,7 @@ def sets_of(
     mark_of(out/'tests', 'tests')
     return [load_set(p) for p in sorted((out/'tests').glob('*.tar'))]
 
-# %% ../nbs/81_reproduce.ipynb #179cd3d0
+# %% ../nbs/81_reproduce.ipynb #6e95935f
 def short(
     rows:list, # of (object, mode -> scores)
 )->dict:       # mode -> measure -> [mean, low, high]; per_object: measure -> one number an object, as it stands
@@ -679,21 +679,27 @@ def short(
     return dict(out, per_object={k: [round(r[k], 3) for r in each.values()] for k in keys if all(k in r for r in each.values())})
 
 @torch.no_grad()
+def few_of(
+    n:int, # cases of a set
+)->list:   # of indices
+    "The two that figures show, a third and two thirds down the list: names that begin it are often variants of one thing."
+    return evenly(list(range(n)), 4)[1:3] if n > 2 else list(range(n))
+
 def judged(
     who:Contestant,
     s:TestSet,
     nets=(),   # of Perceptual
-    keep:int=2, # cases whose views are handed back
-):             # dict for the record; views of the first sample: (keep, 4, 3, S, S)
+):             # dict for the record; views of the first sample of `few_of` the cases: (2, 4, 3, S, S)
     "One method on one set."
     rows, shown, clear, cases = [], [], [], [c for c, _ in s.cases]
+    few = few_of(len(cases))
     for i, c in enumerate(cases):
         if i % BLOCK == 0:
             with torch.enable_grad(): who.prepare(cases[i:i+BLOCK])
         answers = who.answer(c)
         r, (rgb, _) = judge(answers, c, s.p, nets, s.taught(i), paired=len(answers) > 1)
         rows.append((c.name, r)); clear.append(float((answers[0].g.alpha < .1).float().mean()))
-        if i < keep: shown.append(rgb[torch.arange(4)*len(rgb)//4].cpu())
+        if i in few: shown.append(rgb[torch.arange(4)*len(rgb)//4].cpu())
         c.forget()
     got = short(rows)
     return dict(s.about, **got, **{k: got['unaligned'][k][0] for k in ('white', 'chroma')}, transparent=round(float(np.mean(clear)), 5)), torch.stack(shown)
@@ -756,7 +762,7 @@ def train_run(
     facts = dict(size, samples=samples, quadruples=len(data), seconds=round(took, 1), skipped=skipped, diverged=diverged, **went, **(dict(muon=c.fit.muon) if c.fit.muon else {}))
     return None if diverged else plain.eval(), facts
 
-# %% ../nbs/81_reproduce.ipynb #cb1a8ef1
+# %% ../nbs/81_reproduce.ipynb #effa6c8b
 def blank_psnr(
     pairs:dict, # from `two_draws`
 )->float:       # dB
@@ -787,7 +793,7 @@ def do_run(
         for s in sets_of(a.out):
             got, shown = judged(of_model(G, c, folder.name, a.samples), s, nets)
             rows.append(write('eval', run=folder.name, samples=a.samples, **got))
-            with whole_file(folder/f'{s.file}.views') as part: safetensors.torch.save_file(dict(views=to_bytes(shown).contiguous()), part)
+            with whole_file(folder/f'{s.file}.views') as part: safetensors.torch.save_file(dict(views=to_bytes(shown).contiguous(), cases=torch.tensor(few_of(len(s.cases)))), part)
     with whole_file(folder/'result.json') as part: part.write_text(json.dumps(dict(key=job['key'], wall=round(time.perf_counter()-t, 1), rows=rows)))
 
 def orphaned(
@@ -1022,7 +1028,7 @@ def make_runs(
     if s.late: say(f'{len(s.late)} runs were not begun or not ended in {a.minutes:g} minutes: {", ".join(r.name for r in s.late[:8])}{" ..." if len(s.late) > 8 else ""}')
     if s.failed: say(f'{len(s.failed)} runs failed: {", ".join(s.failed)}')
 
-# %% ../nbs/81_reproduce.ipynb #5dc9832d
+# %% ../nbs/81_reproduce.ipynb #e49ef9f5
 FIGURES = {'6':[('II', k) for k in ('a', 'b', 'c', 'd', 'd+picture')], '7':[('III', k) for k in ('explicit', 'implicit', 'joint')]}
 
 def best_run(
@@ -1057,11 +1063,13 @@ def table_figure(
     if not names: return
     rows, labels = [], []
     for s in (s for s in sets_of(a.out) if s.cases[0][0].truth is not None):
-        shown = {k: safetensors.torch.load_file(a.out/'runs'/n/f'{s.file}.views')['views'].float()/255 for k, n in names.items()}
-        for i in evenly(list(range(len(s.cases))), 4)[1:3]: # of the middle: names that begin a list are often variants of one thing
+        files = {k: safetensors.torch.load_file(a.out/'runs'/n/f'{s.file}.views') for k, n in names.items()}
+        at = {k: x['cases'].tolist() if 'cases' in x else list(range(len(x['views']))) for k, x in files.items()} # runs of earlier versions kept the first two
+        for i in [i for i in next(iter(at.values())) if all(i in x for x in at.values())]:
             c, _ = s.cases[i]; truth = c.white(); truth = truth[torch.arange(4)*len(truth)//4]
             for v, side in ((1, 'side'), (2, 'back')):
-                rows.append([composite(shrink(c.rgba, s.p.size)), truth[v], *[x[i, v] for x in shown.values()]]); labels.append(f'{c.name}, {side}')
+                rows.append([composite(shrink(c.rgba, s.p.size)), truth[v], *[x['views'][at[k].index(i), v].float()/255 for k, x in files.items()]]); labels.append(f'{c.name}, {side}')
+    if not rows: return
     write_strip(rows, a.out/'results'/'strips'/f'figure{which}-{a.scale}.jpg')
     write('figure', figure=which, strip=f'figure{which}-{a.scale}.jpg', rows=labels, columns=['input', 'truth', *names], numbers=dict(runs=names))
 
@@ -1145,7 +1153,7 @@ def figure_nine(
     keep_strip(a, write, figure, shown[:6], rows=[f'pair {i//2+1}, {("front", "behind")[i % 2]}' for i in range(len(shown[:6]))],
                columns=['first', *[f'{x:.2f}' for x in torch.linspace(0, 1, steps).tolist()], 'second'], numbers=dict(numbers, run=name, pairs=len(pics)//2, steps=steps))
 
-# %% ../nbs/81_reproduce.ipynb #1f4cc0a2
+# %% ../nbs/81_reproduce.ipynb #ef98daed
 def spread_of(
     x:Tensor, # samples: (cases, k, V, 3, S, S)
 )->Tensor:    # root mean square distance from the samples' mean: (V,)
@@ -1180,7 +1188,7 @@ def figure_ten(
 
 WHOSE = { # Figures 9 and 10 are drawn of the first of these that exists
     '':        (('III', 'joint'), ('II', 'd')), # the paper's own student: it is the paper's figure
-    ' lookup': (('main', 'explicit'), ('main', 'joint'), ('premise', 'distilled'), ('II', 'd+picture'), ('II', 'd+lookup'))} # beside it, one whose Gaussians look N up
+    ' lookup': (('main', 'explicit'), ('main', 'joint'), ('premise', 'distilled'), ('II', 'd+picture'), ('II', 'd+lookup'))} # beside it, one whose Gaussians look N up (it is asked)
 
 def make_figures(
     a:ReproduceArgs,
@@ -1188,17 +1196,20 @@ def make_figures(
     "The stage `figures`: made anew from whatever is finished."
     results, write = results_of(a.out), Notes(a.out/'figures', **common(a))
     for which in FIGURES: table_figure(a, write, which, results)
-    rings = next(s for s in sets_of(a.out) if s.name == 'held-out rings')
-    first = lambda rows: next(filter(None, (best_run(results, *k) for k in rows)), None)
-    said  = []
+    drawn = {}
     for word, rows in WHOSE.items():
-        if not (name := first(rows)): continue
-        source = next(n for n in (line_of(results[name]).get('same_as'), name) if n)
-        gen, cases = Generator.from_pretrained(a.out/'runs'/source/'student'/'student.safetensors'), [c for c, _ in rings.cases]
+        for name in filter(None, (best_run(results, *k) for k in rows)):
+            source = line_of(results[name]).get('same_as') or name
+            gen = Generator.from_pretrained(a.out/'runs'/source/'student'/'student.safetensors')
+            if not word or gen.cfg.student.lookup != 'none': drawn[word] = name, gen; break
+    if not drawn: return say('figures 9 and 10 need a student of row d, or a better one')
+    rings = next((s for s in sets_of(a.out) if s.name == 'held-out rings'), None)
+    if rings is None: return say('figures 9 and 10 need held-out rings')
+    for word, (name, gen) in drawn.items():
+        cases = [c for c, _ in rings.cases]
         figure_nine(a, write, gen, name, cases, f'9{word}')
-        figure_ten(a, write, gen, name, cases[:16], rings.drawn[:16], f'10{word}'); said.append(name)
-    if not said: return say('figures 9 and 10 need a student of row d, or a better one')
-    say(f'figures: {len(list((a.out/"results"/"strips").glob("*.jpg")))} strips; 9 and 10 of {", ".join(said)}')
+        figure_ten(a, write, gen, name, cases[:16], rings.drawn[:16], f'10{word}')
+    say(f'figures: {len(list((a.out/"results"/"strips").glob("*.jpg")))} strips; 9 and 10 of {", ".join(n for n, _ in drawn.values())}')
 
 # %% ../nbs/81_reproduce.ipynb #afe65fa5
 def gather(

@@ -87,6 +87,21 @@ def test_many_specks_have_no_say(case, monkeypatch):
     monkeypatch.setattr(E, 'SPECK', 0.) # the rule of protocol version 3
     assert dirty().abs().mean() > .1
 
+def test_one_large_gaussian_does_not_run_away(case):
+    "A floor, a shadow, a sky: it may be all that counts; so may a single Gaussian."
+    g = thing()
+    for wide in (.4, 1., 5.):
+        floor = Gaussians(torch.tensor([[0., 0, -.35]]), torch.tensor([[wide, wide, .002]]), g.quat[:1], g.color[:1], torch.tensor([.9]))
+        at = place(Splats(Gaussians.cat([g, floor])), case, P).g
+        assert (at.mu-at.mu.mean(0)).norm(dim=1).max() < 5 and at.scale.max() < 50
+    alone = place(Splats(Gaussians(torch.zeros(1, 3), torch.full((1, 3), 3.), g.quat[:1], g.color[:1], torch.ones(1))), case, P).g
+    assert .05 < alone.scale.max() < 1
+
+def test_empty_input_moves_nothing_away(case):
+    blank = replace(case, rgba=case.rgba*0)
+    at = place(Splats(thing()), blank, P).g
+    assert at.mu.isfinite().all() and .1 < at.mu.norm(dim=1).max() < 2
+
 def test_the_picture_mends_size_and_place(case):
     "Several at once as one by one; seen nowhere, left alone."
     right, ahead = case.source.c2w[0, :3, 0], case.source.c2w[0, :3, 2]

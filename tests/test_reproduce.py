@@ -199,3 +199,28 @@ def test_a_student_that_diverges_is_a_result(world, monkeypatch):
     program(world, '--runs', 'II-a-*', '--only', 'runs', 'report')
     r = R.results_of(world)['II-a-lr1e-3-s0']
     assert r['rows'][0]['diverged'] and r['rows'][0]['meter'] is None and len(r['rows']) == 1 and R.best_lr(R.results_of(world), 'a') is None
+
+@pytest.mark.parametrize('n', [1, 2, 3, 8])
+def test_figures_show_what_runs_kept(monkeypatch, tmp_path, n):
+    "Views are kept of two cases of each set; a run of an earlier version kept the first two; only what all have is shown, under its own name."
+    import torch
+    from types import SimpleNamespace as NS
+    from safetensors.torch import save_file
+    from dd3g.cameras import ring
+    from dd3g.testsets import Case, Protocol
+    cases = [(Case(f'thing {i}', torch.full((4, 16, 16), i/10), ring(1), ring(4), torch.full((4, 4, 16, 16), 25*i, dtype=torch.uint8), True), '') for i in range(n)]
+    monkeypatch.setattr(R, 'sets_of', lambda out: [NS(file='s', name='s', cases=cases, p=Protocol(size=16, input_size=16), drawn=None)])
+    monkeypatch.setattr(R, 'best_run', lambda results, table, row: dict(a='new', b='old' if n < 3 else None).get(row))
+    few = R.few_of(n)
+    assert len(few) == min(n, 2) and all(i < n for i in few) and (n < 4 or 0 not in few)
+    kept = dict(new=dict(views=torch.stack([torch.full((4, 3, 16, 16), 10*i, dtype=torch.uint8) for i in few]), cases=torch.tensor(few)), old=dict(views=torch.zeros(min(n, 2), 4, 3, 16, 16, dtype=torch.uint8)))
+    for k, x in kept.items(): (tmp_path/'runs'/k).mkdir(parents=True); save_file(x, tmp_path/'runs'/k/'s.views')
+    a, wrote = R.ReproduceArgs(scale='tiny', out=tmp_path), []
+    (tmp_path/'results'/'strips').mkdir(parents=True)
+    R.table_figure(a, lambda kind, **f: wrote.append(f), '6', {})
+    assert wrote[0]['rows'] == [f'thing {i}, {s}' for i in few for s in ('side', 'back')] and wrote[0]['columns'][2:] == (['a', 'b'] if n < 3 else ['a'])
+
+def test_figures_without_students_or_rings(world, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(R, 'best_run', lambda *a: None)
+    R.make_figures(R.ReproduceArgs(scale='tiny', out=tmp_path)) # no test sets there, none needed
+    assert 'need a student' in capsys.readouterr().err
