@@ -276,7 +276,7 @@ def scores(
     numbers = torch.stack([v.double() for v in out.values()]).tolist() # one transfer
     return dict(zip(out, numbers), psnr_views=[round(v, 3) for v in (each[0] if many else each).tolist()])
 
-# %% ../nbs/52_evaluate.ipynb #de0a3ea2
+# %% ../nbs/52_evaluate.ipynb #42dea8a7
 @dataclass
 class Pictures:
     "A method's answer as pictures of the ring, in its order."
@@ -287,6 +287,7 @@ class Pictures:
     @property
     def there(self): return self.rgba.flatten(1).isfinite().all(1) # (V,)
 
+# %% ../nbs/52_evaluate.ipynb #8bceed8c
 def fit_of(
     rgb:Tensor,   # the first view on white: (3, S, S)
     alpha:Tensor, # its coverage: (1, S, S)
@@ -308,6 +309,7 @@ def fit_of(
         k, d = t[0, best], t[1:, best]
     return torch.stack([k, *d/S])
 
+# %% ../nbs/52_evaluate.ipynb #56a17a25
 def views_of(
     answer,         # Splats or Pictures
     case:Case,
